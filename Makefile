@@ -1,0 +1,125 @@
+# make                 builds ./train_llama for the machine it finds: a GPU if one answers, else the CPU
+# make run             trains the default model on generated stories
+# make test            tests; the last line is `N passed, M failed`
+# make test-asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make gpu-compile     compiles the GPU program for every target this nvcc knows
+# make bench           ratios against PyTorch, the matmul peak and copy bandwidth, in one run
+# make clean
+#
+# GPU=0|1              force the CPU or the GPU program           ARCH=90a    GPU target (default: the GPU found)
+# REF=1                the reference build: plain loops, x86-64-v3, the same bits everywhere
+# ONEDNN=0             plain loops on this CPU                    ACT=float   float activations on the GPU
+# CXX=clang++          another compiler                           PYTHON=...  for tests and the PyTorch peer
+
+CXX    ?= g++
+NVCC   ?= nvcc
+PYTHON ?= python3
+# Never fast-math: it folds NaN checks away and changes bits. Contraction off: every fused multiply-add is an explicit fmaf.
+STRICT   = -ffp-contract=off -fno-math-errno -fno-trapping-math
+WARN     = -Wall -Wextra -Wno-unknown-pragmas
+CXXFLAGS = -O3 -g1 -std=c++17 -fopenmp $(STRICT) $(WARN) -I.
+NVCCFLAGS = -O3 -std=c++17 --extended-lambda --fmad=false -lineinfo -Xcompiler -fopenmp,-ffp-contract=off,-Wno-unknown-pragmas -diag-suppress 177 -I.
+
+# --- what is here: found by trying, not by asking a package manager ---------------------------------------------------------
+quiet = >/dev/null 2>&1
+hash := \#
+tries = $(shell mkdir -p build; printf '$(1)' > build/try.cpp; $(CXX) -std=c++17 build/try.cpp -o build/try $(2) $(quiet) && echo 1)
+
+ifndef GPU
+  GPU_FOUND := $(shell mkdir -p build; command -v $(NVCC) $(quiet) && [ -e /dev/nvidiactl -o -e /dev/dxg ] && { [ -x build/probe_gpu ] || $(NVCC) -o build/probe_gpu dev/probe_gpu.cu $(quiet); } && build/probe_gpu 2>/dev/null)
+  GPU := $(if $(GPU_FOUND),1,0)
+endif
+ifeq ($(REF),1)
+  ONEDNN := 0
+  GPU := 0
+endif
+ifndef ONEDNN
+  ONEDNN := $(if $(call tries,$(hash)include <oneapi/dnnl/dnnl.h>\nint main(){return dnnl_version()==0;},-ldnnl),1,0)
+endif
+
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo no-git)
+ifeq ($(GPU),1)
+  ARCH  ?= $(or $(GPU_FOUND),$(shell [ -x build/probe_gpu ] || $(NVCC) -o build/probe_gpu dev/probe_gpu.cu $(quiet); build/probe_gpu 2>/dev/null),90a)
+  DIR    = build/gpu$(if $(ACT),-$(ACT))
+  BUILD  = GPU sm_$(ARCH), $(shell $(NVCC) --version | grep -o 'release [0-9.]*'), commit $(COMMIT)
+  COMPILE = $(NVCC) $(NVCCFLAGS) $(if $(filter float,$(ACT)),-DMETIS_ACT_FLOAT) -gencode arch=compute_$(ARCH),code=sm_$(ARCH) -x cu
+  LIBS   = -lcublasLt
+else
+  DIR    = build/$(if $(filter 1,$(REF)),ref,cpu)$(if $(SAN),-asan)
+  MARCH ?= $(if $(filter 1,$(REF)),x86-64-v3,native)
+  CPUFLAGS = $(CXXFLAGS) -march=$(MARCH) $(if $(filter 1,$(ONEDNN)),-DMETIS_ONEDNN) $(SAN)
+  BUILD  = CPU $(MARCH), $(if $(filter 1,$(ONEDNN)),oneDNN,plain loops), $(CXX) $(shell $(CXX) -dumpfullversion -dumpversion), commit $(COMMIT)
+  COMPILE = $(CXX) $(CPUFLAGS) -x c++
+  LIBS   = $(if $(filter 1,$(ONEDNN)),-ldnnl)
+endif
+
+# --- the program -------------------------------------------------------------------------------------------------------------
+all: train_llama
+train_llama: $(DIR)/train_llama
+	@cp $< $@.tmp && mv $@.tmp $@
+	@echo "→ ./train_llama: $(BUILD)"
+
+CPU_ONEDNN = $(if $(filter 1,$(ONEDNN)),✓ oneDNN,✗ oneDNN not found: plain loops; apt install libdnnl-dev for 10x the speed)
+$(DIR)/train_llama: train_llama.cu | found
+	@mkdir -p $(DIR)
+	$(COMPILE) -MMD -MP -MF $@.d -DBUILD='"$(BUILD)"' $< -o $@ $(LIBS)
+
+found:
+ifeq ($(GPU),1)
+	@echo "✓ GPU build for sm_$(ARCH)"
+else
+	@echo "$(if $(GPU_FOUND),,→ CPU build (no GPU answers, or GPU=0)) $(CPU_ONEDNN)"
+	@printf '$(hash)include <nlohmann/json.hpp>' | $(CXX) -E -x c++ - $(quiet) || { echo "✗ nlohmann/json not found: apt install nlohmann-json3-dev"; exit 1; }
+endif
+
+build/stories: data/stories.cpp
+	@mkdir -p build
+	$(CXX) -O2 -std=c++17 $(WARN) $< -o $@
+data/stories.txt: build/stories
+	build/stories $@
+run: train_llama data/stories.txt
+	./train_llama
+
+# --- tests -------------------------------------------------------------------------------------------------------------------
+# On the machine found: kernels and PyTorch's numbers. Always on the CPU: files, data, finite differences in double.
+TESTS = $(DIR)/test_kernels $(DIR)/test_golden $(HOST)/test_model $(HOST)/test_data $(HOST)/test_checkpoint
+HOST  = build/cpu$(if $(SAN),-asan)
+REFERENCE = build/ref$(if $(SAN),-asan)/train_llama
+
+$(DIR)/test_%: test/test_%.cu
+	@mkdir -p $(DIR)
+	$(COMPILE) -MMD -MP -MF $@.d $< -o $@ $(LIBS)
+$(HOST)/test_model: test/test_model.cu
+	@mkdir -p $(HOST)
+	$(CXX) $(CXXFLAGS) -march=x86-64-v3 $(SAN) -DMETIS_DOUBLE -MMD -MP -MF $@.d -x c++ $< -o $@
+$(HOST)/test_%: test/test_%.cpp
+	@mkdir -p $(HOST)
+	$(CXX) $(CXXFLAGS) $(SAN) -MMD -MP -MF $@.d $< -o $@
+build/ref$(if $(SAN),-asan)/train_llama: train_llama.cu
+ifneq ($(REF),1)
+	@$(MAKE) --no-print-directory REF=1 $@
+endif
+
+test: train_llama $(DIR)/train_llama $(REFERENCE) $(TESTS) build/stories
+	@PYTHON=$(PYTHON) test/run $(DIR)/train_llama $(REFERENCE) $(TESTS)
+test-asan:
+	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -O1" test
+
+# --- the GPU program, compiled for every target this nvcc knows ---------------------------------------------------------------
+TARGETS = $(filter $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)) 90a 100a 120a,80 89 90a 100a 120a)
+gpu-compile: $(patsubst %,build/compile/%.o,$(TARGETS))
+	@echo "compiled for: $(patsubst %,sm_%,$(TARGETS))"
+build/compile/%.o: train_llama.cu
+	@mkdir -p build/compile
+	$(NVCC) $(NVCCFLAGS) -gencode arch=compute_$*,code=sm_$* -MMD -MP -MF $@.d -DBUILD='"compile check"' -c $< -o $@
+
+bench: $(DIR)/train_llama
+	@$(PYTHON) dev/bench.py $(DIR)/train_llama
+clean:
+	rm -rf build train_llama
+help:
+	@sed -n '/^# make/,/^$$/p' Makefile | sed 's/^# \?//'
+
+.PHONY: all run found test test-asan gpu-compile bench clean help
+.DELETE_ON_ERROR:
+-include $(wildcard build/*/*.d)

@@ -1,0 +1,675 @@
+// llama.cuh: LLaMA-3, forward and backward, layer by layer.
+//
+//     x = embed[token]
+//     each layer:   x += o(attention(rope(qkv(rmsnorm(x)))))          grouped-query attention, rotate-half RoPE
+//                   x += down(silu(gate) * up),  gate, up = gate_up(rmsnorm(x))
+//     loss = cross_entropy(head(rmsnorm(x)), target), in nats, mean over tokens
+//
+// Shapes: N = B*T tokens, C = dim, H query heads, KV key/value heads, D = head size, F = ffn, V = vocabulary, L = layers.
+// Weights are (out x in) row-major, as Hugging Face has them. Fused: qkv rows are [q | k | v], gate_up rows [gate | up]; a fused
+// weight is one operand of one GEMM, and checkpoints store its row ranges under their own names.
+// Conventions: activations and their gradients are overwritten (=), parameter gradients are added to (+=).
+// Sources: LLaMA-3 (arXiv 2407.21783), RMSNorm (1910.07467), RoPE (2104.09864), SwiGLU (2002.05202), GQA (2305.13245).
+// Tested by test/test_model.cu (finite differences in double) and test/test_golden.cu (PyTorch's numbers).
+#pragma once
+#include "attention.cuh"    // attention_forward, attention_backward, Heads
+#include "checkpoint.h"     // Tensor, TensorPart
+#include "metis.cuh"        // Linear, linear_forward, linear_backward, Recipe
+#include <nlohmann/json.hpp>
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Configuration
+
+struct RopeScaling { double factor = 0, low = 1, high = 4, original = 8192; };   // "rope_type": "llama3"; factor 0: none
+
+struct Config {
+    int layers, dim, heads, kv_heads, head_dim, ffn, vocab;
+    bool tied;                  // the output head is the embedding
+    RopeScaling scaling;
+    double rope_theta = 500000, norm_eps = 1e-5;
+    int max_seq = 8192;
+};
+
+// Presets, named by their parameters without embedding and head. Each has a micro-batch, a length and a peak learning rate that work.
+struct Preset {
+    const char* name;
+    int layers, dim, heads, kv_heads, ffn;
+    bool tied;
+    double scaling;
+    int max_seq, batch, seq;
+    double lr;
+};
+constexpr Preset presets[] = {
+    // name          L    C     H  KV    F      tied  rope   max_seq batch seq   lr
+    {"tiny",         4,   192,  3,  1,   512,  true,  0,     8192,   8,  256, 3e-3},
+    {"15m",          5,   512,  8,  2,  1536,  true,  0,     8192,   8,  256, 1e-3},
+    {"125m",        12,  1024, 16,  4,  2560,  true,  0,     8192,   8, 1024, 6e-4},
+    {"350m",        24,  1024, 16,  4,  3840,  true,  0,     8192,   8, 1024, 4e-4},
+    {"llama3.2-1b", 16,  2048, 32,  8,  8192,  true,  32,  131072,   4, 2048, 3e-4},
+    {"llama3.2-3b", 28,  3072, 24,  8,  8192,  true,  32,  131072,   4, 2048, 3e-4},
+    {"llama3-8b",   32,  4096, 32,  8, 14336, false,  0,     8192,   2, 4096, 3e-4},
+    {"llama3.1-8b", 32,  4096, 32,  8, 14336, false,  8,   131072,   2, 4096, 3e-4},
+};
+
+inline Config config_of(const Preset& p, int vocab) {
+    Config c{p.layers, p.dim, p.heads, p.kv_heads, p.dim / p.heads, p.ffn, vocab, p.tied, {}};
+    c.scaling.factor = p.scaling;
+    c.max_seq = p.max_seq;
+    return c;
+}
+
+// One line on the first thing that cannot work.
+inline void check_config(const Config& c) {
+    if (c.layers < 1 || c.dim < 1 || c.heads < 1 || c.kv_heads < 1 || c.ffn < 1 || c.vocab < 1) fail("every model dimension must be at least 1");
+    if (c.heads % c.kv_heads) fail("--heads %d is not a multiple of --kv-heads %d: each key/value head serves a whole group", c.heads, c.kv_heads);
+    if (c.head_dim % 2) fail("head size %d is odd; RoPE rotates pairs: choose --dim and --heads with an even quotient", c.head_dim);
+    if (c.head_dim > attention_max_d) fail("head size %d is over %d, the most this build's attention takes: use more --heads", c.head_dim, attention_max_d);
+}
+
+// Reads Hugging Face's config.json. A key that changes the model and is not implemented is an error that names it.
+inline Config read_config(const std::string& path) {
+    MappedFile file(path);
+    nlohmann::json j = nlohmann::json::parse(file.data, file.data + file.size, nullptr, false);
+    if (!j.is_object()) fail("%s is not a JSON object", path.c_str());
+    auto key_error = [&](const std::string& key, const char* why) { fail("%s: \"%s\": %s", path.c_str(), key.c_str(), why); };
+    auto number = [&](const nlohmann::json& from, const char* key, double fallback) -> double {
+        auto it = from.find(key);
+        if (it == from.end() || it->is_null()) {
+            if (std::isnan(fallback)) key_error(key, "is missing");
+            return fallback;
+        }
+        if (!it->is_number()) key_error(key, "is not a number");
+        return it->template get<double>();
+    };
+    auto integer = [&](const char* key, double fallback) {
+        double v = number(j, key, fallback);
+        if (!(v >= 1 && v <= 1 << 30) || v != std::floor(v)) key_error(key, "is not a positive integer");
+        return (int)v;
+    };
+    auto must_be = [&](const char* key, const nlohmann::json& value) {
+        auto it = j.find(key);
+        if (it != j.end() && !it->is_null() && *it != value) key_error(key, ("only " + value.dump() + " is implemented").c_str());
+    };
+    must_be("model_type", "llama");
+    must_be("hidden_act", "silu");
+    must_be("attention_bias", false);
+    must_be("mlp_bias", false);
+    must_be("pretraining_tp", 1);
+    auto dropout = j.find("attention_dropout");
+    if (dropout != j.end() && !(dropout->is_number() && dropout->get<double>() == 0)) key_error("attention_dropout", "only 0 is implemented");
+    const double required = NAN;
+    Config c;
+    c.layers = integer("num_hidden_layers", required);
+    c.dim = integer("hidden_size", required);
+    c.heads = integer("num_attention_heads", required);
+    c.kv_heads = integer("num_key_value_heads", c.heads);
+    c.head_dim = integer("head_dim", c.dim / c.heads);
+    c.ffn = integer("intermediate_size", required);
+    c.vocab = integer("vocab_size", required);
+    c.norm_eps = number(j, "rms_norm_eps", 1e-6);
+    c.max_seq = integer("max_position_embeddings", 2048);
+    auto tied = j.find("tie_word_embeddings");
+    if (tied != j.end() && !tied->is_boolean()) key_error("tie_word_embeddings", "is not true or false");
+    c.tied = tied != j.end() && tied->get<bool>();
+    // Hugging Face's older files have rope_theta beside rope_scaling, newer ones both inside rope_parameters.
+    nlohmann::json rope = nlohmann::json::object();
+    for (const char* key : {"rope_scaling", "rope_parameters"})
+        if (j.contains(key) && !j[key].is_null()) {
+            if (!j[key].is_object()) key_error(key, "is not an object");
+            rope = j[key];
+        }
+    c.rope_theta = number(rope, "rope_theta", number(j, "rope_theta", 10000));
+    std::string kind = "default";
+    for (const char* key : {"rope_type", "type"})
+        if (rope.contains(key)) kind = rope[key].is_string() ? rope[key].get<std::string>() : rope[key].dump();
+    if (kind == "llama3") {
+        c.scaling = {number(rope, "factor", required), number(rope, "low_freq_factor", required), number(rope, "high_freq_factor", required),
+                     number(rope, "original_max_position_embeddings", required)};
+        if (!(c.scaling.factor >= 1 && c.scaling.high > c.scaling.low && c.scaling.low > 0)) key_error("rope_scaling", "has impossible factors");
+    } else if (kind != "default") key_error("rope_type", ("\"" + kind + "\" is not implemented, only \"llama3\" and \"default\"").c_str());
+    for (auto& [key, value] : rope.items()) {
+        const char* known[] = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"};
+        if (std::find(std::begin(known), std::end(known), key) == std::end(known)) key_error(key, "is not implemented");
+    }
+    for (auto& [key, value] : j.items()) {
+        const char* known[] = {"model_type", "hidden_act", "attention_bias", "mlp_bias", "pretraining_tp", "attention_dropout", "num_hidden_layers",
+            "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size", "rms_norm_eps",
+            "max_position_embeddings", "tie_word_embeddings", "rope_scaling", "rope_parameters", "rope_theta",
+            // without effect on the model
+            "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version", "use_cache",
+            "initializer_range", "_name_or_path"};
+        if (std::find(std::begin(known), std::end(known), key) == std::end(known)) key_error(key, "is not implemented; remove it if it does not change the model");
+    }
+    return c;
+}
+
+// The same as Hugging Face writes it, for checkpoints.
+inline std::string write_config(const Config& c) {
+    nlohmann::ordered_json j = {
+        {"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", c.dim}, {"intermediate_size", c.ffn},
+        {"num_hidden_layers", c.layers}, {"num_attention_heads", c.heads}, {"num_key_value_heads", c.kv_heads}, {"head_dim", c.head_dim},
+        {"vocab_size", c.vocab}, {"max_position_embeddings", c.max_seq}, {"rms_norm_eps", c.norm_eps}, {"rope_theta", c.rope_theta},
+        {"rope_scaling", nullptr}, {"hidden_act", "silu"}, {"tie_word_embeddings", c.tied}, {"attention_bias", false}, {"mlp_bias", false},
+        {"torch_dtype", "float32"}};
+    if (c.scaling.factor > 0)
+        j["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", c.scaling.factor}, {"low_freq_factor", c.scaling.low},
+                             {"high_freq_factor", c.scaling.high}, {"original_max_position_embeddings", (int64_t)c.scaling.original}};
+    return j.dump(2) + "\n";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The tensor table: drives initialisation, the optimiser, checkpoints and tests.
+
+inline std::vector<Tensor> tensor_table(const Config& c) {
+    std::vector<Tensor> table;
+    size_t offset = 0;
+    auto add = [&](std::string name, int64_t rows, int64_t cols, int dims, bool quantised, float std, std::vector<TensorPart> parts) {
+        table.push_back({name, rows, cols, dims, dims == 2, quantised, std, offset, std::move(parts)});
+        offset += (table.back().size() + 63) / 64 * 64;                       // every tensor starts on 256 bytes
+    };
+    const float std = 0.02f, residual = 0.02f / std::sqrt(2.f * c.layers);    // projections into the residual stream start smaller
+    int64_t q = (int64_t)c.heads * c.head_dim, kv = (int64_t)c.kv_heads * c.head_dim, dim = c.dim, ffn = c.ffn;
+    add("embed", c.vocab, dim, 2, false, std, {{"model.embed_tokens.weight", c.vocab}});
+    for (int l = 0; l < c.layers; l++) {
+        std::string ours = "layers." + std::to_string(l) + ".", hf = "model." + ours;
+        add(ours + "attn_norm", 1, dim, 1, false, 0, {{hf + "input_layernorm.weight", 1}});
+        add(ours + "qkv", q + 2 * kv, dim, 2, true, std,
+            {{hf + "self_attn.q_proj.weight", q}, {hf + "self_attn.k_proj.weight", kv}, {hf + "self_attn.v_proj.weight", kv}});
+        add(ours + "o", dim, q, 2, true, residual, {{hf + "self_attn.o_proj.weight", dim}});
+        add(ours + "ffn_norm", 1, dim, 1, false, 0, {{hf + "post_attention_layernorm.weight", 1}});
+        add(ours + "gate_up", 2 * ffn, dim, 2, true, std, {{hf + "mlp.gate_proj.weight", ffn}, {hf + "mlp.up_proj.weight", ffn}});
+        add(ours + "down", dim, ffn, 2, true, residual, {{hf + "mlp.down_proj.weight", dim}});
+    }
+    add("final_norm", 1, dim, 1, false, 0, {{"model.norm.weight", 1}});
+    if (!c.tied) add("head", c.vocab, dim, 2, false, std, {{"lm_head.weight", c.vocab}});
+    return table;
+}
+
+// Elements of an arena that holds the table; the padding between tensors stays zero.
+inline size_t arena_size(const std::vector<Tensor>& table) { return (table.back().offset + table.back().size() + 63) / 64 * 64; }
+
+// Parameters, and those without embedding and head.
+inline int64_t parameter_count(const std::vector<Tensor>& table, bool body_only = false) {
+    int64_t n = 0;
+    for (const Tensor& t : table)
+        if (!body_only || (t.name != "embed" && t.name != "head")) n += (int64_t)t.size();
+    return n;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Layers. Each launcher states shapes; all matrices are row-major and contiguous unless a stride is given.
+
+struct init_normal; struct init_ones; struct embedding_forward; struct embedding_backward; struct residual_rmsnorm_forward;
+struct rmsnorm_backward; struct sum_chunks; struct rope; struct swiglu_forward; struct swiglu_backward; struct cross_entropy;
+struct sum_rows; struct square_chunks; struct adamw;
+
+constexpr int64_t chunk = 16384;                                              // elements of a flat array that one group works on
+inline int64_t chunks_of(int64_t n) { return (n + chunk - 1) / chunk; }
+
+// N(0, std) from the stream `key`, or ones where std is 0.
+inline void initialise(Ctx& ctx, acc_t* w, int64_t n, float std, RandomKey key) {
+    if (std == 0)
+        for_rows<init_ones, 128>(ctx, {n * 4., 0}, chunks_of(n), KERNEL(Group<128> g, int64_t r) {
+            g.map((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [](acc_t& o) { o = 1; }, out(w + r * chunk));
+        });
+    else
+        for_rows<init_normal, 128>(ctx, {n * 4., 0}, chunks_of(n), KERNEL(Group<128> g, int64_t r) {
+            for (int64_t i = r * chunk + g.lane(); i < n && i < (r + 1) * chunk; i += g.lanes) w[i] = std * normal(key, i);
+        });
+}
+
+// x (N x C) = embed[token].
+inline void embed(Ctx& ctx, act_t* x, const acc_t* table, const int* tokens, int64_t N, int C) {
+    for_rows<embedding_forward>(ctx, {N * C * (sizeof(acc_t) + sizeof(act_t) + 0.), 0}, N, KERNEL(Group<32> g, int64_t r) {
+        g.map(C, [](acc_t& o, acc_t v) { o = v; }, out(x + r * C), table + (int64_t)tokens[r] * C);
+    });
+}
+
+// Tokens gathered by value, so that the embedding's gradient has one owner per row and one order: bucket i is token[i] and the
+// positions order[start[i]] .. order[start[i+1]-1], ascending.
+struct TokenBuckets {
+    std::vector<int> token, start, order;
+    TokenBuckets(const int* tokens, int64_t N) : order(N) {
+        for (int64_t i = 0; i < N; i++) order[i] = (int)i;
+        std::stable_sort(order.begin(), order.end(), [=](int a, int b) { return tokens[a] < tokens[b]; });
+        for (int64_t i = 0; i < N; i++)
+            if (i == 0 || tokens[order[i]] != tokens[order[i - 1]]) token.push_back(tokens[order[i]]), start.push_back((int)i);
+        start.push_back((int)N);
+    }
+};
+
+// grad[token] += the rows of dx (N x C) at that token's positions. The index arrays are on the device.
+inline void embed_backward(Ctx& ctx, acc_t* grad, const act_t* dx, const int* token, const int* start, const int* order, int64_t buckets, int64_t N, int C) {
+    for_rows<embedding_backward>(ctx, {N * C * (sizeof(acc_t) + sizeof(act_t) + 0.), 0}, buckets, KERNEL(Group<32> g, int64_t r) {
+        for (int i = start[r]; i < start[r + 1]; i++)
+            g.map(C, [](acc_t& o, acc_t v) { o += v; }, grad + (int64_t)token[r] * C, dx + (int64_t)order[i] * C);
+    });
+}
+
+// x = a + b (b may be null: then x may be a itself, or null to leave a where it is); h = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps).
+// Torch: x = a + b; h = F.rms_norm(x, (C,), w, eps). Shapes: x, h, a, b (N x C); rstd (N).
+inline void residual_rmsnorm(Ctx& ctx, act_t* x, act_t* h, acc_t* rstd, const act_t* a, const act_t* b, const acc_t* w, int64_t N, int C, acc_t eps) {
+    Cost cost = {N * C * sizeof(act_t) * (b ? 4. : 2.), N * C * 5.};
+    for_rows<residual_rmsnorm_forward>(ctx, cost, N, KERNEL(Group<32> g, int64_t r) {
+        const act_t* row = a + r * C;
+        if (b) {
+            g.map(C, [](acc_t& o, acc_t u, acc_t v) { o = u + v; }, out(x + r * C), row, b + r * C);
+            g.sync();
+            row = x + r * C;
+        }
+        acc_t s = 1 / std::sqrt(g.sum(C, [](acc_t v) { return v * v; }, row) / C + eps);
+        g.map(C, [=](acc_t& o, acc_t v, acc_t u) { o = v * s * u; }, out(h + r * C), row, w);
+        if (g.lane() == 0) rstd[r] = s;
+    });
+}
+
+constexpr int norm_rows = 32;                                                 // rows whose weight gradient one group sums
+inline int64_t norm_chunks(int64_t N) { return (N + norm_rows - 1) / norm_rows; }
+
+// dx (N x C) += gradient through h = x * rstd * w given dh; dw (C) += sum over rows of dh * x * rstd. `partial`: norm_chunks(N) x C.
+//     u = dh * w;   dx += rstd * u - x * rstd^3 * mean(u * x)
+inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const act_t* dh, const act_t* x, const acc_t* rstd, const acc_t* w, int64_t N, int C) {
+    for_rows<rmsnorm_backward, 128>(ctx, {N * C * sizeof(act_t) * 4., N * C * 10.}, norm_chunks(N), KERNEL(Group<128> g, int64_t k) {
+        acc_t* sums = partial + k * C;
+        g.map(C, [](acc_t& o) { o = 0; }, out(sums));
+        g.sync();
+        for (int64_t r = k * norm_rows; r < N && r < (k + 1) * norm_rows; r++) {
+            acc_t s = rstd[r];
+            acc_t t = g.sum(C, [](acc_t d, acc_t v, acc_t u) { return d * u * v; }, dh + r * C, x + r * C, w) * (s * s * s / C);
+            g.map(C, [=](acc_t& o, acc_t& p, acc_t d, acc_t v, acc_t u) {
+                o += s * d * u - v * t;
+                p += d * v * s;
+            }, dx + r * C, sums, dh + r * C, x + r * C, w);
+        }
+    });
+    int64_t n = norm_chunks(N);
+    for_rows<sum_chunks>(ctx, {n * C * sizeof(acc_t) * 1., 0}, (C + 63) / 64, KERNEL(Group<32> g, int64_t r) {
+        int width = C - r * 64 < 64 ? (int)(C - r * 64) : 64;
+        for (int64_t k = 0; k < n; k++)
+            g.map(width, [](acc_t& o, acc_t v) { o += v; }, dw + r * 64, (const acc_t*)partial + k * C + r * 64);
+    });
+}
+
+// cos and sin of position * frequency, (T x D/2) each, as Hugging Face computes them: frequencies in float32, with Llama-3.1's
+// scaling ("rope_type": "llama3": long wavelengths divided by `factor`, short ones kept, a linear blend between).
+inline void rope_table(std::vector<acc_t>& cosine, std::vector<acc_t>& sine, const Config& c, int T) {
+    int half_d = c.head_dim / 2;
+    cosine.resize((size_t)T * half_d), sine.resize((size_t)T * half_d);
+    for (int i = 0; i < half_d; i++) {
+        double f = 1 / std::pow(c.rope_theta, 2.0 * i / c.head_dim);
+        if (c.scaling.factor > 0) {
+            const RopeScaling& s = c.scaling;
+            double wavelength = 2 * M_PI / f;
+            double blend = (s.original / wavelength - s.low) / (s.high - s.low);
+            if (wavelength > s.original / s.low) f /= s.factor;
+            else if (wavelength >= s.original / s.high) f = (1 - blend) * f / s.factor + blend * f;
+        }
+        for (int t = 0; t < T; t++) {
+            float angle = (float)t * (float)f, sn, cs;
+            sincos_(angle, &sn, &cs);
+            cosine[(size_t)t * half_d + i] = cs, sine[(size_t)t * half_d + i] = sn;
+        }
+    }
+}
+
+// Rotates query and key heads of qkv (N x row) in place: (a, b) -> (a cos - b sin, b cos + a sin) with b half a head after a.
+// direction -1 rotates back, which is the gradient. Torch: q * cos + rotate_half(q) * sin.
+inline void rotate(Ctx& ctx, act_t* qkv, const acc_t* cosine, const acc_t* sine, Heads s, acc_t direction) {
+    int turned = s.H + s.KV, D = s.D, T = s.T;
+    int64_t row = s.row();
+    for_rows<rope, 8>(ctx, {(double)s.B * T * turned * D * 2 * sizeof(act_t), 0}, (int64_t)s.B * T * turned, KERNEL(Group<8> g, int64_t r) {
+        int64_t n = r / turned, t = n % T * (D / 2);
+        act_t* a = qkv + n * row + r % turned * D;
+        g.map(D / 2, [=](acc_t& u, acc_t& v, acc_t cs, acc_t sn) {
+            acc_t w = direction * sn, first = u * cs - v * w;
+            v = v * cs + u * w;
+            u = first;
+        }, a, a + D / 2, cosine + t, sine + t);
+    });
+}
+
+// s (N x F) = silu(gate) * up, gu (N x 2F) = [gate | up]. Torch: F.silu(gate) * up.
+inline void swiglu(Ctx& ctx, act_t* s, const act_t* gu, int64_t N, int F) {
+    for_rows<swiglu_forward>(ctx, {N * F * sizeof(act_t) * 3., N * F * 8.}, N, KERNEL(Group<32> g, int64_t r) {
+        g.map(F, [](acc_t& o, acc_t a, acc_t b) { o = a / (1 + exp_(-a)) * b; }, out(s + r * F), gu + r * 2 * F, gu + r * 2 * F + F);
+    });
+}
+
+// gu (N x 2F) becomes its own gradient, given ds (N x F).
+inline void swiglu_grad(Ctx& ctx, act_t* gu, const act_t* ds, int64_t N, int F) {
+    for_rows<swiglu_backward>(ctx, {N * F * sizeof(act_t) * 5., N * F * 12.}, N, KERNEL(Group<32> g, int64_t r) {
+        g.map(F, [](acc_t& a, acc_t& b, acc_t d) {
+            acc_t sig = 1 / (1 + exp_(-a)), silu = a * sig;
+            a = d * b * (sig + silu * (1 - sig));
+            b = d * silu;
+        }, gu + r * 2 * F, gu + r * 2 * F + F, ds + r * F);
+    });
+}
+
+// loss (N) = logsumexp(logits) - logits[target]; with scale != 0 logits (N x V) become scale * (softmax - onehot) in place.
+inline void softmax_cross_entropy(Ctx& ctx, acc_t* loss, acc_t* logits, const int* targets, int64_t N, int V, acc_t scale) {
+    for_rows<cross_entropy, 256>(ctx, {N * V * sizeof(acc_t) * (scale == 0 ? 1. : 2.), N * V * 20.}, N, KERNEL(Group<256> g, int64_t r) {
+        acc_t* row = logits + r * V;
+        acc_t m = g.max(V, [](acc_t v) { return v; }, (const acc_t*)row);
+        acc_t sum = g.sum(V, [=](acc_t v) { return exp_(v - m); }, (const acc_t*)row);
+        acc_t at_target = row[targets[r]];
+        g.sync();                                                             // every lane has read it before one overwrites it
+        if (g.lane() == 0) loss[r] = m + log_(sum) - at_target;
+        if (scale == 0) return;
+        acc_t k = scale / sum;
+        g.map(V, [=](acc_t& v) { v = k * exp_(v - m); }, row);
+        g.sync();
+        if (g.lane() == 0) row[targets[r]] -= scale;
+    });
+}
+
+// out[0] += sum of x[0..n), in one fixed order.
+inline void add_sum(Ctx& ctx, acc_t* total, const acc_t* x, int64_t n) {
+    for_rows<sum_rows, 256>(ctx, {n * sizeof(acc_t) * 1., 0}, 1, KERNEL(Group<256> g, int64_t) {
+        acc_t s = 0;
+        for (int64_t i = 0; i < n; i += chunk) s += g.sum((int)(n - i < chunk ? n - i : chunk), [](acc_t v) { return v; }, x + i);
+        if (g.lane() == 0) total[0] += s;
+    });
+}
+
+// partial[c] = sum of squares of chunk c of x.
+inline void sum_squares(Ctx& ctx, acc_t* partial, const acc_t* x, int64_t n) {
+    for_rows<square_chunks, 256>(ctx, {n * sizeof(acc_t) * 1., 2. * n}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
+        acc_t s = g.sum((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [](acc_t v) { return v * v; }, x + r * chunk);
+        if (g.lane() == 0) partial[r] = s;
+    });
+}
+
+struct AdamW {
+    acc_t lr, beta1, beta2, eps, decay;        // decay is 0 for tensors that are not decayed
+    acc_t clip;                                // what gradients are multiplied by
+    acc_t correction1, correction2;            // 1 - beta^t
+};
+
+// AdamW with decoupled decay (arXiv 1711.05101, algorithm 2), in the order of operations of torch.optim.AdamW.
+inline void adamw_step(Ctx& ctx, acc_t* w, acc_t* m, acc_t* v, const acc_t* grad, int64_t n, AdamW o) {
+    acc_t step = o.lr / o.correction1, root = 1 / std::sqrt(o.correction2), keep = 1 - o.lr * o.decay;
+    for_rows<adamw, 256>(ctx, {n * sizeof(acc_t) * 7., n * 12.}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
+        g.map((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [=](acc_t& wi, acc_t& mi, acc_t& vi, acc_t gi) {
+            gi *= o.clip;
+            mi = o.beta1 * mi + (1 - o.beta1) * gi;
+            vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;
+            wi = wi * keep - step * mi / (std::sqrt(vi) * root + o.eps);
+        }, w + r * chunk, m + r * chunk, v + r * chunk, grad + r * chunk);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The model: memory, then forward and backward as lists of calls.
+
+// What backward does not keep but computes again: nothing; the two norms and SwiGLU; everything but each layer's input.
+enum class Recompute { none = 0, norms = 1, block = 2 };
+
+struct LayerWeights { acc_t *attn_norm, *ffn_norm; };
+struct LayerLinears { Linear qkv, o, gate_up, down; };
+
+// Activations of one layer. With recomputation several layers share a buffer.
+struct LayerActs {
+    act_t* x;            // (N, C)      the layer's input, on the residual stream
+    act_t* h1;           // (N, C)      rmsnorm(x): X of qkv
+    acc_t* rstd1;        // (N)
+    act_t* qkv;          // (N, (H+2KV) D), rotated
+    act_t* att;          // (N, H D)    X of o
+    acc_t* lse;          // (N, H)
+    act_t* mid;          // (N, C)      x + o(att)
+    act_t* h2;           // (N, C)      rmsnorm(mid): X of gate_up
+    acc_t* rstd2;        // (N)
+    act_t* gu;           // (N, 2F)     [gate | up]
+    act_t* s;            // (N, F)      silu(gate) * up: X of down
+};
+
+// Bytes by class, for --dry-run and for allocation: both come from plan_memory().
+struct MemoryPlan {
+    size_t parameters, gradients, optimiser, activations, scratch, tables;
+    size_t total() const { return parameters + gradients + optimiser + activations + scratch + tables; }
+};
+
+struct Model {
+    Config config;
+    std::vector<Tensor> tensors;
+    size_t arena = 0;                                        // elements of each of params, grads, m, v
+    int B = 0, T = 0;                                        // the largest batch and length that activations have room for
+    Recompute recompute = Recompute::none;
+
+    acc_t *params = nullptr, *grads = nullptr, *m = nullptr, *v = nullptr;
+    acc_t *embed_w, *embed_grad, *final_norm, *final_norm_grad;
+    std::vector<LayerWeights> weights, weight_grads;
+    std::vector<LayerLinears> linears;
+    Linear head;
+
+    std::vector<LayerActs> acts;
+    act_t *y, *x_final, *h_final;                            // (N, C) each: a branch's output; the stream's end; its rmsnorm
+    acc_t *rstd_final, *row_loss, *sums;                     // (N), (N), (2): this step's summed loss and squared gradient norm
+    acc_t* logits;                                           // (head_rows, V)
+    int64_t head_rows;
+    act_t *dx, *dh, *d_wide;                                 // gradients of: the stream (N, C); a norm's or attention's output; ds, dqkv
+    acc_t *delta, *partial, *norm_partial;                   // (N, H); (norm_chunks, C); (chunks of the arena)
+    acc_t *cosine, *sine;                                    // (T, D/2)
+    int *tokens, *targets, *bucket_token, *bucket_start, *bucket_order;
+    OperandScratch operands;
+    MemoryPlan plan;
+};
+
+// Rows of logits held at once: about 64 MB of them.
+inline int64_t head_chunk(int64_t N, int64_t V) { return std::min(N, std::max<int64_t>(256, (16 << 20) / V / 256 * 256)); }
+
+// Points every buffer of the model at memory, or only measures (base pointers null). `train`: gradients, optimiser, backward's buffers.
+inline MemoryPlan plan_memory(Model& m, const Recipe* recipe, bool train, char* state_base, char* acts_base, char* scratch_base) {
+    const Config& c = m.config;
+    int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
+    int64_t L = c.layers, V = c.vocab;
+    MemoryPlan plan;
+
+    Arena state{state_base};
+    m.params = state.take<acc_t>(m.arena), plan.parameters = state.used;
+    m.grads = train ? state.take<acc_t>(m.arena) : nullptr, plan.gradients = state.used - plan.parameters;
+    m.m = train ? state.take<acc_t>(m.arena) : nullptr;
+    m.v = train ? state.take<acc_t>(m.arena) : nullptr;
+    plan.optimiser = state.used - plan.parameters - plan.gradients;
+
+    Arena acts{acts_base};
+    bool keep_norms = train && m.recompute == Recompute::none, keep_block = train && m.recompute != Recompute::block;
+    m.acts.assign(L, {});
+    LayerActs shared = {};
+    // A buffer of its own for every layer if it is kept for backward, else one that all layers take turns with.
+    auto each = [&](auto LayerActs::*field, int64_t size, bool keep) {
+        for (int64_t l = 0; l < L; l++) {
+            typedef std::remove_pointer_t<std::remove_reference_t<decltype(shared.*field)>> T;
+            if (keep || l == 0) shared.*field = acts.take<T>(size);
+            m.acts[l].*field = shared.*field;
+        }
+    };
+    each(&LayerActs::x, N * C, train);
+    each(&LayerActs::h1, N * C, keep_norms), each(&LayerActs::rstd1, N, keep_block);
+    each(&LayerActs::qkv, N * Q, keep_block);
+    each(&LayerActs::att, N * A, keep_block), each(&LayerActs::lse, N * c.heads, keep_block);
+    each(&LayerActs::mid, N * C, keep_block);
+    each(&LayerActs::h2, N * C, keep_norms), each(&LayerActs::rstd2, N, keep_block);
+    each(&LayerActs::gu, N * 2 * F, keep_block), each(&LayerActs::s, N * F, keep_norms);
+    m.x_final = acts.take<act_t>(N * C), m.h_final = acts.take<act_t>(N * C), m.rstd_final = acts.take<acc_t>(N);
+    plan.activations = acts.used;
+
+    Arena scratch{scratch_base};
+    m.y = scratch.take<act_t>(N * C);
+    m.row_loss = scratch.take<acc_t>(N), m.sums = scratch.take<acc_t>(2);
+    m.head_rows = head_chunk(N, V);
+    m.logits = scratch.take<acc_t>(m.head_rows * V);
+    m.tokens = scratch.take<int>(N), m.targets = scratch.take<int>(N);
+    if (train) {
+        m.dx = scratch.take<act_t>(N * C), m.dh = scratch.take<act_t>(N * std::max(C, A)), m.d_wide = scratch.take<act_t>(N * std::max(F, Q));
+        m.delta = scratch.take<acc_t>(N * c.heads), m.partial = scratch.take<acc_t>(norm_chunks(N) * C);
+        m.norm_partial = scratch.take<acc_t>(chunks_of(m.arena));
+        m.bucket_token = scratch.take<int>(N), m.bucket_start = scratch.take<int>(N + 1), m.bucket_order = scratch.take<int>(N);
+    }
+    // Operands of the widest GEMM: a holds X or D, b holds W or X.
+    size_t a = 0, b = 0;
+    Type act = type_of<act_t>(), acc = type_of<acc_t>();
+    auto widen = [&](int64_t rows, int64_t in, int64_t out, Type d) {
+        a = std::max({a, operand_bytes(recipe->fprop_x, act, rows * in), operand_bytes(recipe->dgrad_d, d, rows * out), operand_bytes(recipe->wgrad_d, d, rows * out)});
+        b = std::max({b, operand_bytes(recipe->fprop_w, acc, in * out), operand_bytes(recipe->dgrad_w, acc, in * out), operand_bytes(recipe->wgrad_x, act, rows * in)});
+    };
+    widen(N, C, Q, act), widen(N, A, C, act), widen(N, C, 2 * F, act), widen(N, F, C, act), widen(m.head_rows, C, V, acc);
+    m.operands.a = a ? scratch.take<char>(a) : nullptr;
+    m.operands.b = b ? scratch.take<char>(b) : nullptr;
+    plan.scratch = scratch.used;
+
+    size_t rope_bytes = scratch.used;
+    m.cosine = scratch.take<acc_t>((size_t)m.T * c.head_dim / 2), m.sine = scratch.take<acc_t>((size_t)m.T * c.head_dim / 2);
+    plan.tables = scratch.used - rope_bytes;
+    return plan;
+}
+
+// The model's shape and memory plan, nothing allocated.
+inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute recompute, const Recipe* recipe, bool train) {
+    m.config = c, m.B = B, m.T = T, m.recompute = recompute;
+    m.tensors = tensor_table(c);
+    m.arena = arena_size(m.tensors);
+    return m.plan = plan_memory(m, recipe, train, nullptr, nullptr, nullptr);
+}
+
+// Allocates what measure() planned and binds weights to it. Parameters are zero until initialised or loaded.
+inline void allocate(Ctx& ctx, Model& m, const Recipe* recipe, bool train) {
+    const Config& c = m.config;
+    MemoryPlan p = m.plan;
+    char* state = (char*)device_alloc(p.parameters + p.gradients + p.optimiser, "parameters and optimiser");
+    char* acts = (char*)device_alloc(p.activations, "activations");
+    char* scratch = (char*)device_alloc(p.scratch + p.tables, "scratch");
+    plan_memory(m, recipe, train, state, acts, scratch);
+
+    std::vector<acc_t> cosine, sine;
+    rope_table(cosine, sine, c, m.T);
+    to_device(ctx, m.cosine, cosine.data(), cosine.size() * sizeof(acc_t));
+    to_device(ctx, m.sine, sine.data(), sine.size() * sizeof(acc_t));
+
+    // The table's order is the model's: embed, six tensors a layer, final_norm, head unless tied.
+    size_t next = 0;
+    auto weight = [&]() { return m.params + m.tensors[next].offset; };
+    auto grad = [&]() { return train ? m.grads + m.tensors[next].offset : nullptr; };
+    auto take = [&](acc_t*& w, acc_t*& g) { w = weight(), g = grad(), next++; };
+    auto linear = [&](const char* name) {
+        const Tensor& t = m.tensors[next];
+        std::string n = name;
+        Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), recipe};
+        next++;
+        return l;
+    };
+    take(m.embed_w, m.embed_grad);
+    m.weights.resize(c.layers), m.weight_grads.resize(c.layers), m.linears.resize(c.layers);
+    for (int l = 0; l < c.layers; l++) {
+        take(m.weights[l].attn_norm, m.weight_grads[l].attn_norm);
+        m.linears[l].qkv = linear("qkv");
+        m.linears[l].o = linear("o");
+        take(m.weights[l].ffn_norm, m.weight_grads[l].ffn_norm);
+        m.linears[l].gate_up = linear("gate_up");
+        m.linears[l].down = linear("down");
+    }
+    take(m.final_norm, m.final_norm_grad);
+    if (c.tied) next = 0;
+    m.head = linear("head");
+}
+
+inline void initialise(Ctx& ctx, Model& m) {
+    for (size_t i = 0; i < m.tensors.size(); i++) {
+        const Tensor& t = m.tensors[i];
+        initialise(ctx, m.params + t.offset, (int64_t)t.size(), t.init_std, {ctx.seed, 0, 0, (uint32_t)i, 0, Purpose::init});
+    }
+}
+
+// Block l from its normalised input to its output's two halves: fills qkv .. s; y = down's input is s, mid the stream before it.
+inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
+    const Config& c = m.config;
+    const LayerActs& a = m.acts[l];
+    const LayerLinears& w = m.linears[l];
+    int64_t N = (int64_t)shape.B * shape.T;
+    linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim), N);
+    rotate(ctx, a.qkv, m.cosine, m.sine, shape, 1);
+    attention_forward(ctx, a.att, a.lse, a.qkv, shape);
+    linear_forward(ctx, w.o, m.operands, m.y, mat(a.att, w.o.in), N);
+    residual_rmsnorm(ctx, a.mid, a.h2, a.rstd2, a.x, m.y, m.weights[l].ffn_norm, N, c.dim, (acc_t)c.norm_eps);
+    linear_forward(ctx, w.gate_up, m.operands, a.gu, mat(a.h2, c.dim), N);
+    swiglu(ctx, a.s, a.gu, N, c.ffn);
+}
+
+inline Heads heads_of(const Config& c, int B, int T) { return {B, T, c.heads, c.kv_heads, c.head_dim}; }
+
+// Tokens (B x T, on the host) to h_final.
+inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
+    const Config& c = m.config;
+    Heads shape = heads_of(c, B, T);
+    int64_t N = (int64_t)B * T;
+    acc_t eps = (acc_t)c.norm_eps;
+    to_device(ctx, m.tokens, tokens, N * sizeof(int));
+    embed(ctx, m.acts[0].x, m.embed_w, m.tokens, N, c.dim);
+    for (int l = 0; l < c.layers; l++) {
+        const LayerActs& a = m.acts[l];
+        const act_t* stream = l == 0 ? a.x : m.acts[l - 1].mid;               // the last block's output is mid + y, added here
+        residual_rmsnorm(ctx, a.x, a.h1, a.rstd1, stream, l == 0 ? nullptr : m.y, m.weights[l].attn_norm, N, c.dim, eps);
+        block_forward(ctx, m, l, shape);
+        linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn), N);
+    }
+    residual_rmsnorm(ctx, m.x_final, m.h_final, m.rstd_final, m.acts[c.layers - 1].mid, m.y, m.final_norm, N, c.dim, eps);
+}
+
+// sums[0] += the sum over tokens of the loss; with dloss != 0 also the head's backward, a chunk of rows at a time, so that neither
+// all logits nor a second copy of any exists: dx = the gradient of the final norm's output, scaled by dloss per token.
+inline void classify(Ctx& ctx, Model& m, const int* targets, int64_t N, acc_t dloss) {
+    const Config& c = m.config;
+    to_device(ctx, m.targets, targets, N * sizeof(int));
+    for (int64_t r = 0; r < N; r += m.head_rows) {
+        int64_t rows = std::min(m.head_rows, N - r);
+        Mat h = mat(m.h_final + r * c.dim, c.dim);
+        linear_forward(ctx, m.head, m.operands, m.logits, h, rows);
+        softmax_cross_entropy(ctx, m.row_loss + r, m.logits, m.targets + r, rows, c.vocab, dloss);
+        if (dloss != 0) linear_backward(ctx, m.head, m.operands, m.dh + r * c.dim, mat(m.logits, c.vocab), h, rows);
+    }
+    add_sum(ctx, m.sums, m.row_loss, N);
+}
+
+// Gradients of every parameter, added to m.grads, after forward() and classify() with dloss != 0 on the same tokens.
+inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
+    const Config& c = m.config;
+    Heads shape = heads_of(c, B, T);
+    int64_t N = (int64_t)B * T, C = c.dim;
+    set_zero(ctx, m.dx, N * C * sizeof(act_t));
+    rmsnorm_grad(ctx, m.dx, m.final_norm_grad, m.partial, m.dh, m.x_final, m.rstd_final, m.final_norm, N, c.dim);
+    for (int l = c.layers - 1; l >= 0; l--) {
+        const LayerActs& a = m.acts[l];
+        const LayerLinears& w = m.linears[l];
+        const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
+        acc_t eps = (acc_t)c.norm_eps;
+        if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps);
+        if (m.recompute == Recompute::block) block_forward(ctx, m, l, shape);
+        if (m.recompute == Recompute::norms) {
+            residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
+            swiglu(ctx, a.s, a.gu, N, c.ffn);
+        }
+        linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C), mat(a.s, c.ffn), N);
+        swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn);
+        linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn), mat(a.h2, C), N);
+        rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim);
+        linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C), mat(a.att, w.o.in), N);
+        attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.lse, shape);
+        rotate(ctx, m.d_wide, m.cosine, m.sine, shape, -1);
+        linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
+        rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim);
+    }
+    TokenBuckets buckets(tokens, N);
+    to_device(ctx, m.bucket_token, buckets.token.data(), buckets.token.size() * sizeof(int));
+    to_device(ctx, m.bucket_start, buckets.start.data(), buckets.start.size() * sizeof(int));
+    to_device(ctx, m.bucket_order, buckets.order.data(), buckets.order.size() * sizeof(int));
+    embed_backward(ctx, m.embed_grad, m.dx, m.bucket_token, m.bucket_start, m.bucket_order, (int64_t)buckets.token.size(), N, c.dim);
+}
+
+// Model FLOPs of one training token, PaLM's count (arXiv 2204.02311, appendix B) with the causal half of attention: 6 per weight
+// of every GEMM, and 6 H D (T + 1) a layer. Recomputation is not counted.
+inline double flops_per_token(const Config& c, int T) {
+    double weights = (double)c.vocab * c.dim;
+    for (const Tensor& t : tensor_table(c))
+        if (t.quantised) weights += t.size();
+    return 6 * weights + 6.0 * c.layers * c.heads * c.head_dim * (T + 1);
+}

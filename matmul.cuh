@@ -1,0 +1,248 @@
+// matmul.cuh: C = A B + beta C, one function with a body per machine: cuBLASLt on the GPU; on the CPU oneDNN, or plain loops
+// (the reference build, and the double-precision one of the gradient checks).
+//
+// Matrices are row-major with a leading dimension; a transposed operand is read in place. The three GEMMs of a linear layer:
+//
+//     fprop  Y  (l x n) = X  (l x m) W^T (m x n)        matmul(ctx, name, Y,  X,             W.transposed(), l, n, m, 0)
+//     dgrad  dX (l x m) = D  (l x n) W   (n x m)        matmul(ctx, name, dX, D,             W,              l, m, n, 0)
+//     wgrad  dW (n x m) += D^T (n x l) X (l x m)        matmul(ctx, name, dW, D.transposed(), X,             n, m, l, 1)
+//
+// CPU. The result is cut into tiles of 256 x 1024, each computed by one thread by a single-threaded library call: no thread
+// count can change the order of an addition, hence not a bit. oneDNN multiplies bf16 operands into float on the CPU's own bf16
+// units (AVX512-BF16, AMX); without such units bf16-valued operands are stored as float and multiplied as float.
+// GPU. cuBLASLt; a plan is the heuristic's first answer, cached by shape, so that two runs use the same kernels.
+#pragma once
+#include "device.cuh"   // Ctx, Launch
+#include <map>          // std::map
+#include <tuple>        // std::tuple
+#ifdef __CUDACC__
+#include <cublasLt.h>
+#elif defined(METIS_ONEDNN)
+#include <oneapi/dnnl/dnnl.hpp>
+#endif
+
+enum class Type : int { f32, bf16, f64 };
+template <class T> constexpr Type type_of();
+template <> constexpr Type type_of<float>() { return Type::f32; }
+template <> constexpr Type type_of<bf16>() { return Type::bf16; }
+template <> constexpr Type type_of<double>() { return Type::f64; }
+HD size_t size_of(Type t) { return t == Type::bf16 ? 2 : t == Type::f32 ? 4 : 8; }
+
+// A row-major matrix in memory. transposed(): the same memory, read as its transpose.
+struct Mat {
+    const void* data;
+    Type type;
+    int64_t ld;
+    bool trans = false;
+    Mat transposed() const { return {data, type, ld, !trans}; }
+};
+template <class T> Mat mat(const T* data, int64_t ld) { return {data, type_of<T>(), ld, false}; }
+
+// m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool> MatmulKey;
+
+#ifdef __CUDACC__
+// ------------------------------------------------------------------------------------------------------------------- the GPU
+#define CUBLAS(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: %s (%s)", cublasLtGetStatusString(s_), #call); } while (0)
+
+struct MatmulPlans {
+    struct Plan {
+        cublasLtMatmulDesc_t desc;
+        cublasLtMatrixLayout_t a, b, c;
+        cublasLtMatmulAlgo_t algo;
+    };
+    cublasLtHandle_t handle;
+    std::map<MatmulKey, Plan> cache;
+    void* workspace;
+    static constexpr size_t workspace_bytes = 32 << 20;       // what cuBLAS recommends for sm_90 and later
+
+    explicit MatmulPlans(Ctx&) {
+        CUBLAS(cublasLtCreate(&handle));
+        workspace = device_alloc(workspace_bytes, "the matmul workspace");
+    }
+    static bool bf16_units() { return true; }
+    static const char* library() { return "cuBLASLt"; }
+
+    static cudaDataType_t cuda_type(Type t) { return t == Type::bf16 ? CUDA_R_16BF : t == Type::f32 ? CUDA_R_32F : CUDA_R_64F; }
+
+    // cuBLAS is column-major: it is asked for C^T = B^T A^T, so its A is our B and its m is our n.
+    const Plan& plan(const MatmulKey& key) {
+        auto found = cache.find(key);
+        if (found != cache.end()) return found->second;
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;
+        (void)add;
+        Plan p;
+        cublasOperation_t op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N, op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+        CUBLAS(cublasLtMatmulDescCreate(&p.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
+        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p.a, cuda_type(type_b), tb ? k : n, tb ? n : k, ldb));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p.b, cuda_type(type_a), ta ? m : k, ta ? k : m, lda));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p.c, cuda_type(type_c), n, m, ldc));
+        cublasLtMatmulPreference_t preference;
+        CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
+        size_t limit = workspace_bytes;
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &limit, sizeof limit));
+        // Alignment of the actual pointers is not known to the cache: ask for the least that every caller has (one element).
+        uint32_t align_a = (uint32_t)size_of(type_b), align_b = (uint32_t)size_of(type_a), align_c = (uint32_t)size_of(type_c);
+        if (ldb * align_a % 16 == 0) align_a = 16;
+        if (lda * align_b % 16 == 0) align_b = 16;
+        if (ldc * align_c % 16 == 0) align_c = 16;
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_a, sizeof align_a));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, sizeof align_c));
+        cublasLtMatmulHeuristicResult_t result;
+        int found_count = 0;
+        cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.a, p.b, p.c, p.c, preference, 1, &result, &found_count);
+        if (found_count == 0) fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", (long)m, (long)n, (long)k);
+        cublasLtMatmulPreferenceDestroy(preference);
+        p.algo = result.algo;
+        return cache.emplace(key, p).first->second;
+    }
+};
+
+inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
+    const MatmulPlans::Plan& p = ctx.plans->plan(key);
+    float alpha = 1, beta = std::get<11>(key) ? 1 : 0;
+    CUBLAS(cublasLtMatmul(ctx.plans->handle, p.desc, &alpha, b.data, p.a, a.data, p.b, &beta, c, p.c, c, p.c, &p.algo,
+                          ctx.plans->workspace, MatmulPlans::workspace_bytes, ctx.stream));
+}
+#else
+// ------------------------------------------------------------------------------------------------------------------- the CPU
+
+// The reference: for every element of C a sum over k in ascending order by fused multiply-adds, starting from 0, then added to
+// C where beta is 1. B is packed 16 columns at a time so that the inner loop is the same for every layout.
+template <class T> void plain_tile(T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, bool add, T* panel) {
+    const T* A = (const T*)a.data;
+    const T* B = (const T*)b.data;
+    int64_t a_row = a.trans ? 1 : a.ld, a_col = a.trans ? a.ld : 1, b_row = b.trans ? 1 : b.ld, b_col = b.trans ? b.ld : 1;
+    for (int64_t j0 = 0; j0 < n; j0 += 16) {
+        int width = (int)std::min<int64_t>(16, n - j0);
+        for (int64_t p = 0; p < k; p++)
+            for (int j = 0; j < 16; j++) panel[16 * p + j] = j < width ? B[p * b_row + (j0 + j) * b_col] : T(0);
+        for (int64_t i0 = 0; i0 < m; i0 += 4) {
+            int height = (int)std::min<int64_t>(4, m - i0);
+            const T* row[4];
+            for (int i = 0; i < 4; i++) row[i] = A + (i0 + std::min(i, height - 1)) * a_row;
+            T s[4][16] = {};
+            for (int64_t p = 0; p < k; p++)
+                for (int i = 0; i < 4; i++) {
+                    T v = row[i][p * a_col];
+                    #pragma omp simd
+                    for (int j = 0; j < 16; j++) s[i][j] = std::fma(v, panel[16 * p + j], s[i][j]);
+                }
+            for (int i = 0; i < height; i++)
+                for (int j = 0; j < width; j++) {
+                    T& o = c[(i0 + i) * ldc + j0 + j];
+                    o = add ? o + s[i][j] : s[i][j];
+                }
+        }
+    }
+}
+
+struct MatmulPlans {
+    struct Plan {
+        MatmulKey key;
+        size_t scratch = 0;
+#ifdef METIS_ONEDNN
+        dnnl::matmul primitive;
+        dnnl::memory::desc a, b, c, pad;
+#endif
+    };
+    std::map<MatmulKey, Plan> cache;
+#ifdef METIS_ONEDNN
+    dnnl::engine engine{dnnl::engine::kind::cpu, 0};
+    dnnl::stream stream{engine};
+    static const char* library() { return "oneDNN"; }
+    static bool bf16_units() { return dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_bf16; }
+#else
+    static const char* library() { return "plain loops"; }
+    static bool bf16_units() { return false; }
+#endif
+    // The library must see one thread: we cut the tiles. Our own loops name their thread count.
+    explicit MatmulPlans(Ctx& ctx) {
+        omp_set_num_threads(1);
+        ctx.thread_scratch.resize(2 * ctx.threads);
+    }
+
+    const Plan& plan(const MatmulKey& key) {
+        auto found = cache.find(key);
+        if (found != cache.end()) return found->second;
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;
+        Plan p;
+        p.key = key;
+#ifdef METIS_ONEDNN
+        typedef dnnl::memory::dims Dims;
+        auto type = [](Type t) { return t == Type::bf16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32; };
+        p.a = dnnl::memory::desc(Dims{m, k}, type(type_a), ta ? Dims{1, lda} : Dims{lda, 1});
+        p.b = dnnl::memory::desc(Dims{k, n}, type(type_b), tb ? Dims{1, ldb} : Dims{ldb, 1});
+        p.c = dnnl::memory::desc(Dims{m, n}, type(type_c), Dims{ldc, 1});
+        dnnl::primitive_attr attr;
+        attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+        if (add) {
+            dnnl::post_ops post;
+            post.append_sum(1.f);
+            attr.set_post_ops(post);
+        }
+#if DNNL_VERSION_MAJOR >= 3
+        dnnl::matmul::primitive_desc pd(engine, p.a, p.b, p.c, attr);
+#else
+        dnnl::matmul::primitive_desc pd(dnnl::matmul::desc(p.a, p.b, p.c), attr, engine);
+#endif
+        p.primitive = dnnl::matmul(pd);
+        p.pad = pd.scratchpad_desc();
+        p.scratch = p.pad.get_size();
+#else
+        (void)m, (void)n, (void)lda, (void)ldb, (void)ldc, (void)ta, (void)tb, (void)type_a, (void)type_b, (void)type_c, (void)add;
+        p.scratch = (size_t)k * 16 * sizeof(acc_t);
+#endif
+        return cache.emplace(key, std::move(p)).first->second;
+    }
+
+    // One tile by the calling thread. a, b and c point at the tile's first elements.
+    void run(Ctx& ctx, const Plan& p, void* c, const void* a, const void* b) {
+        void* pad = ctx.scratch(1, p.scratch);
+#ifdef METIS_ONEDNN
+        dnnl::memory ma(p.a, engine, (void*)a), mb(p.b, engine, (void*)b), mc(p.c, engine, c), ms(p.pad, engine, pad);
+        p.primitive.execute(stream, {{DNNL_ARG_SRC, ma}, {DNNL_ARG_WEIGHTS, mb}, {DNNL_ARG_DST, mc}, {DNNL_ARG_SCRATCHPAD, ms}});
+#else
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = p.key;
+        (void)type_a, (void)type_b, (void)type_c;
+        plain_tile<acc_t>((acc_t*)c, ldc, {a, type_of<acc_t>(), lda, ta}, {b, type_of<acc_t>(), ldb, tb}, m, n, k, add, (acc_t*)pad);
+#endif
+    }
+};
+
+constexpr int64_t tile_rows = 256, tile_cols = 1024;     // measured: within 5% of the library's own threading on every GEMM of `15m`
+
+inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
+    auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;
+    int64_t rows = (m + tile_rows - 1) / tile_rows, cols = (n + tile_cols - 1) / tile_cols;
+    const MatmulPlans::Plan* plans[2][2];                 // [last row of tiles?][last column of tiles?]
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+            MatmulKey tile = key;
+            std::get<0>(tile) = i ? m - (rows - 1) * tile_rows : std::min(m, tile_rows);
+            std::get<1>(tile) = j ? n - (cols - 1) * tile_cols : std::min(n, tile_cols);
+            plans[i][j] = &ctx.plans->plan(tile);
+        }
+    int64_t step_a = (ta ? 1 : lda) * tile_rows * size_of(type_a), step_b = (tb ? ldb : 1) * tile_cols * size_of(type_b);
+    int64_t size_c = size_of(type_c), ld = ldc;
+    const char *pa = (const char*)a.data, *pb = (const char*)b.data;
+    (void)k, (void)add;
+    #pragma omp parallel for schedule(static) num_threads(ctx.threads)
+    for (int64_t t = 0; t < rows * cols; t++) {
+        int64_t i = t / cols, j = t % cols;
+        ctx.plans->run(ctx, *plans[i == rows - 1][j == cols - 1], (char*)c + (i * tile_rows * ld + j * tile_cols) * size_c,
+                       pa + i * step_a, pb + j * step_b);
+    }
+}
+#endif
+
+// C (m x n) = A (m x k) B (k x n) + beta C, beta 0 or 1. `name` is the profiler's. C never overlaps A or B.
+template <class T> void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta) {
+    double bytes = double(m) * k * size_of(a.type) + double(k) * n * size_of(b.type) + double(m) * n * sizeof(T) * (1 + beta);
+    Launch launch(ctx, name, {bytes, 2.0 * m * n * k});
+    matmul_run(ctx, c, a, b, MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, type_of<T>(), beta != 0));
+}

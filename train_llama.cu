@@ -1,0 +1,849 @@
+// train_llama.cu: the program. Options, data, the training loop, evaluation, sampling, checkpoints, logging.
+//
+//     make run                                   trains the default model on generated stories
+//     ./train_llama --data my.txt --out run1     trains on your text, logs and checkpoints into run1/
+//     ./train_llama --out run1 --resume          goes on where it stopped, bit for bit
+//
+// main() reads from top to bottom: parse, resolve, plan memory, load, loop. One table of options makes the parser, --help, the
+// README's list and what a checkpoint remembers.
+#include "data.h"           // Corpus, Split, permuted, Tokenizer, printable
+#include "llama.cuh"        // Model, forward, classify, backward, adamw_step, presets; checkpoint.h: save_checkpoint, open_checkpoint ...
+#include <csignal>          // sigaction
+#include <map>              // std::map
+#include <set>              // std::set
+#include <variant>          // std::variant
+
+#ifndef BUILD               // the Makefile says: compiler, flags, commit
+#define BUILD "unknown build"
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Options
+
+struct Options {
+    std::string model = on_gpu ? "125m" : "tiny";
+    int layers = 0, dim = 0, heads = 0, kv_heads = 0, ffn = 0, vocab = 0;                 // 0: the preset's; vocab: the data's
+    std::string recipe = "bf16", recompute = "none";
+    bool list_recipes = false;
+    std::string data = "data/stories.txt", val, tokenizer;
+    int64_t steps = 1000;
+    int batch = 0, seq = 0, accum = 1;
+    double lr = 0, min_lr = -1;
+    int64_t warmup = -1;
+    std::string schedule = "cosine";
+    double clip = 1, decay = 0.1;
+    int64_t seed = 1;
+    int threads = 0;
+    int64_t eval_every = 250;
+    int eval_batches = 8;
+    int64_t sample_every = 0;
+    int sample_tokens = 200;
+    std::string prompt;
+    double temperature = 0.8;
+    int top_k = 0;
+    double top_p = 0.95;
+    int64_t save_every = 250;
+    int keep = 2;
+    std::string out, resume;
+    bool eval_only = false, sample_only = false, dry_run = false, help = false;
+    int profile = 0;
+};
+
+// What a checkpoint does with an option: `run` is part of the trajectory (a resumed run must not change it), `kept` is remembered
+// but may be changed, `here` belongs to this invocation alone.
+enum class Lives { run, kept, here };
+
+struct Option {
+    const char* name;
+    const char* value;                        // what --help calls its value; null: a flag. "[...]": may be left out
+    std::variant<bool*, int*, int64_t*, double*, std::string*> at;
+    Lives lives;
+    double low, high;                         // bounds of numbers
+    const char* usual;                        // the default as --help says it; null: the initial value
+    const char* help;
+    const char* section;                      // starts a section of --help
+};
+
+static std::vector<Option> option_table(Options& o) {
+    const double big = 1e15;
+    const auto run = Lives::run, kept = Lives::kept, here = Lives::here;
+    return {
+        {"--model", "NAME|PATH", &o.model, run, 0, 0, on_gpu ? nullptr : "tiny; 125m on a GPU", "a preset (see below), a Hugging Face config.json, or a folder with one and its weights", "Model"},
+        {"--layers", "N", &o.layers, run, 1, 1000, "the preset's", "transformer blocks", nullptr},
+        {"--dim", "N", &o.dim, run, 2, 1 << 20, "the preset's", "width of the residual stream", nullptr},
+        {"--heads", "N", &o.heads, run, 1, 1024, "the preset's", "query heads", nullptr},
+        {"--kv-heads", "N", &o.kv_heads, run, 1, 1024, "the preset's", "key/value heads", nullptr},
+        {"--ffn", "N", &o.ffn, run, 1, 1 << 20, "the preset's", "inner width of SwiGLU", nullptr},
+        {"--vocab", "N", &o.vocab, run, 2, 1 << 24, "the data's", "vocabulary, padded to a multiple of 128 unless given", nullptr},
+        {"--recipe", "NAME", &o.recipe, run, 0, 0, nullptr, "how GEMM operands are prepared: a row of --list-recipes", "Precision"},
+        {"--list-recipes", nullptr, &o.list_recipes, here, 0, 0, nullptr, "print the recipe table and exit", nullptr},
+        {"--data", "FILES", &o.data, run, 0, 0, nullptr, "text or llm.c .bin shards: paths or quoted globs, comma-separated", "Data"},
+        {"--val", "FILES", &o.val, run, 0, 0, "the last 1% of --data", "held-out data", nullptr},
+        {"--tokenizer", "FILE", &o.tokenizer, kept, 0, 0, "bytes", "tiktoken ranks or llm.c's gpt2_tokenizer.bin, to show samples of token data as text", nullptr},
+        {"--steps", "N", &o.steps, run, 1, big, nullptr, "optimiser steps in the whole run", "Training"},
+        {"--batch", "N", &o.batch, run, 1, 1 << 20, "the preset's", "sequences per micro-batch", nullptr},
+        {"--seq", "N", &o.seq, run, 1, 1 << 20, "the preset's", "tokens per sequence", nullptr},
+        {"--accum", "N", &o.accum, run, 1, 65535, nullptr, "micro-batches per step", nullptr},
+        {"--lr", "X", &o.lr, run, 1e-12, 1e3, "the preset's", "peak learning rate", nullptr},
+        {"--min-lr", "X", &o.min_lr, run, 0, 1e3, "a tenth of --lr", "learning rate at the end", nullptr},
+        {"--warmup", "N", &o.warmup, run, 0, big, "5% of --steps", "steps of linear warmup", nullptr},
+        {"--schedule", "NAME", &o.schedule, run, 0, 0, nullptr, "after warmup: cosine, wsd (linear over the last 20%) or constant", nullptr},
+        {"--clip", "X", &o.clip, run, 0, 1e9, nullptr, "largest norm of the gradient; 0: no clipping", nullptr},
+        {"--decay", "X", &o.decay, run, 0, 1e3, nullptr, "AdamW's weight decay, on matrices only", nullptr},
+        {"--seed", "N", &o.seed, run, 0, big, nullptr, "of initialisation, data order and rounding", nullptr},
+        {"--threads", "N", &o.threads, here, 1, 4096, "all cores", "CPU threads; results do not depend on it", nullptr},
+        {"--recompute", "WHAT", &o.recompute, kept, 0, 0, nullptr, "activations computed again in backward: none, norms (and SwiGLU) or block; same results", nullptr},
+        {"--eval-every", "N", &o.eval_every, kept, 0, big, nullptr, "steps between evaluations; 0: only at the end", "Watching"},
+        {"--eval-batches", "N", &o.eval_batches, kept, 1, 1 << 20, nullptr, "batches per evaluation", nullptr},
+        {"--eval-only", nullptr, &o.eval_only, here, 0, 0, nullptr, "evaluate a checkpoint (--resume) or a model's weights (--model PATH) and exit", nullptr},
+        {"--sample-every", "N", &o.sample_every, kept, 0, big, nullptr, "steps between samples; 0: only at the end", nullptr},
+        {"--sample-tokens", "N", &o.sample_tokens, kept, 0, 1 << 20, nullptr, "tokens per sample; 0: no samples", nullptr},
+        {"--sample-only", nullptr, &o.sample_only, here, 0, 0, nullptr, "print one sample of a checkpoint or of a model's weights and exit", nullptr},
+        {"--prompt", "TEXT", &o.prompt, kept, 0, 0, "a document's start", "what samples begin with", nullptr},
+        {"--temperature", "X", &o.temperature, kept, 0, 100, nullptr, "of sampling; 0: the likeliest token", nullptr},
+        {"--top-k", "N", &o.top_k, kept, 0, 1 << 24, nullptr, "sample from the k likeliest; 0: from all", nullptr},
+        {"--top-p", "X", &o.top_p, kept, 1e-6, 1, nullptr, "sample from the likeliest that hold this probability", nullptr},
+        {"--profile", "N", &o.profile, here, 1, 1 << 20, "off", "profile N steps, print a table of kernels and exit", nullptr},
+        {"--out", "DIR", &o.out, here, 0, 0, "none", "folder for log.jsonl and checkpoints; must be empty or new, unless resuming", "Files"},
+        {"--save-every", "N", &o.save_every, kept, 0, big, nullptr, "steps between checkpoints (with --out); 0: only at the end", nullptr},
+        {"--keep", "N", &o.keep, kept, 1, 1 << 20, nullptr, "checkpoints kept", nullptr},
+        {"--resume", "[DIR]", &o.resume, here, 0, 0, "off", "continue the run in --out (or in DIR, or from the checkpoint DIR)", nullptr},
+        {"--dry-run", nullptr, &o.dry_run, here, 0, 0, nullptr, "print memory, FLOPs and disk needed, and exit", nullptr},
+        {"--help", nullptr, &o.help, here, 0, 0, nullptr, "this text", nullptr},
+    };
+}
+
+static std::string to_text(const Option& option) {
+    char s[64];
+    if (auto p = std::get_if<bool*>(&option.at)) return **p ? "1" : "0";
+    if (auto p = std::get_if<int*>(&option.at)) return std::to_string(**p);
+    if (auto p = std::get_if<int64_t*>(&option.at)) return std::to_string(**p);
+    if (auto p = std::get_if<double*>(&option.at)) return snprintf(s, sizeof s, "%.17g", **p), s;
+    return **std::get_if<std::string*>(&option.at);
+}
+
+static void set_option(const Option& option, const std::string& text) {
+    auto refuse = [&](const char* why) { fail("%s %s: %s; see --help", option.name, printable(text).c_str(), why); };
+    if (auto p = std::get_if<std::string*>(&option.at)) {
+        **p = text;
+        return;
+    }
+    if (auto p = std::get_if<bool*>(&option.at)) {
+        **p = text == "1";
+        return;
+    }
+    char* end;
+    errno = 0;
+    double v = strtod(text.c_str(), &end);
+    if (text.empty() || *end || !is_finite(v) || isspace((unsigned char)text[0])) refuse("not a number");
+    char range[96];
+    snprintf(range, sizeof range, "must be between %g and %g", option.low, option.high);
+    if (v < option.low || v > option.high) refuse(range);
+    if (auto p = std::get_if<double*>(&option.at)) {
+        **p = v;
+        return;
+    }
+    if (v != std::floor(v) || text.find_first_not_of("0123456789+-") != std::string::npos) refuse("must be a whole number");
+    if (auto p = std::get_if<int*>(&option.at)) **p = (int)v;
+    if (auto p = std::get_if<int64_t*>(&option.at)) **p = (int64_t)v;
+}
+
+// The options given on the command line; everything not in it is a default.
+static std::set<std::string> parse(int argc, char** argv, std::vector<Option>& table) {
+    std::set<std::string> given;
+    for (int i = 1; i < argc; i++) {
+        std::string name = argv[i], value;
+        size_t equals = name.find('=');
+        bool has_value = equals != std::string::npos && name.compare(0, 2, "--") == 0;
+        if (has_value) value = name.substr(equals + 1), name = name.substr(0, equals);
+        const Option* option = nullptr;
+        std::string close;
+        for (const Option& t : table) {
+            if (name == t.name) option = &t;
+            else if (name.size() > 3 && !strncmp(t.name, name.c_str(), name.size())) close += std::string(close.empty() ? "" : " or ") + t.name;
+        }
+        if (!option) fail("unknown option %s%s%s; see --help", printable(name).c_str(), close.empty() ? "" : ", did you mean ", close.c_str());
+        if (!given.insert(name).second) fail("%s is given twice", name.c_str());
+        if (!option->value) {
+            if (has_value) fail("%s takes no value", name.c_str());
+            value = "1";
+        } else if (!has_value) {
+            bool next = i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0;
+            if (!next && option->value[0] != '[') fail("%s needs a value: %s %s", name.c_str(), name.c_str(), option->value);
+            if (next) value = argv[++i];
+        }
+        if (option->value && value.empty() && option->value[0] != '[') fail("%s needs a value: %s %s", name.c_str(), name.c_str(), option->value);
+        set_option(*option, value);
+    }
+    return given;
+}
+
+static void print_help(const std::vector<Option>& table) {
+    printf("usage: train_llama [options]\n");
+    for (const Option& t : table) {
+        if (t.section) printf("\n%s\n", t.section);
+        std::string usual = t.usual ? t.usual : t.value ? to_text(t) : "";
+        if (auto p = std::get_if<double*>(&t.at); p && !t.usual) {
+            char s[32];
+            snprintf(s, sizeof s, "%g", **p);
+            usual = s;
+        }
+        printf("  %-14s %-9s  %s%s%s%s\n", t.name, t.value ? t.value : "", t.help, usual.empty() ? "" : " (", usual.c_str(), usual.empty() ? "" : ")");
+    }
+    printf("\nPresets (named by parameters without embedding and head)\n  %-12s layers  dim heads kv   ffn batch  seq   lr\n", "name");
+    for (const Preset& p : presets)
+        printf("  %-12s %6d %4d %5d %2d %5d %5d %4d %g\n", p.name, p.layers, p.dim, p.heads, p.kv_heads, p.ffn, p.batch, p.seq, p.lr);
+}
+
+static void list_recipes() {
+    auto cell = [](Operand o) { return o.format == Format::f32 ? "float" : "bf16"; };
+    printf("%-8s| %-6s %-6s| %-6s %-6s| %-6s %-6s|\n", "", "fprop", "", "dgrad", "", "wgrad", "");
+    printf("%-8s| %-6s %-6s| %-6s %-6s| %-6s %-6s|\n", "recipe", "X", "W", "D", "W", "D", "X");
+    for (const Recipe& r : recipes)
+        printf("%-8s| %-6s %-6s| %-6s %-6s| %-6s %-6s| %s\n", r.name, cell(r.fprop_x), cell(r.fprop_w), cell(r.dgrad_d), cell(r.dgrad_w),
+               cell(r.wgrad_d), cell(r.wgrad_x), r.about);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// From options to a run
+
+// A run: the resolved options and everything the loop needs.
+struct Run {
+    Options o;
+    Ctx ctx;
+    Model model;
+    const Recipe* recipe;
+    Corpus train_data, val_data;
+    Split train, val;
+    Tokenizer tokenizer;
+    bool bytes_per_token_one;      // byte data: bits per byte can be shown
+    double peak = 0;               // measured matmul FLOP/s for this recipe's operands
+    int64_t step = 0;              // optimiser steps done
+    int bad_steps = 0;             // skipped in a row
+    double resumed_ms = 0;
+    const Corpus& held_out() const { return o.val.empty() ? train_data : val_data; }
+    int64_t tokens_per_step() const { return (int64_t)o.batch * o.seq * o.accum; }
+};
+
+static bool is_directory(const std::string& path) {
+    struct stat st;
+    return stat(path.c_str(), &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+// The model's shape from --model and the single dimensions. `weights`: a folder whose weights training starts from, or "".
+static Config resolve_config(Options& o, const std::set<std::string>& given, int data_vocab, std::string& weights) {
+    for (const Preset& p : presets) {
+        if (o.model != p.name) continue;
+        if (!o.vocab) o.vocab = data_vocab == 256 ? 256 : (data_vocab + 127) / 128 * 128;
+        if (!o.batch) o.batch = p.batch;
+        if (!o.seq) o.seq = p.seq;
+        if (!o.lr) o.lr = p.lr;
+        Config c = config_of(p, o.vocab);
+        if (o.layers) c.layers = o.layers;
+        if (o.dim) c.dim = o.dim;
+        if (o.heads) c.heads = o.heads;
+        if (o.kv_heads) c.kv_heads = o.kv_heads;
+        if (o.ffn) c.ffn = o.ffn;
+        if (c.dim % c.heads) fail("--dim %d is not a multiple of --heads %d", c.dim, c.heads);
+        c.head_dim = c.dim / c.heads;
+        return c;
+    }
+    std::string file = is_directory(o.model) ? o.model + "/config.json" : o.model;
+    struct stat st;
+    if (stat(file.c_str(), &st) != 0) {
+        std::string names;
+        for (const Preset& p : presets) names += std::string(names.empty() ? "" : ", ") + p.name;
+        fail("--model %s is neither a preset (%s) nor a file or folder with a config.json", o.model.c_str(), names.c_str());
+    }
+    for (const char* name : {"--layers", "--dim", "--heads", "--kv-heads", "--ffn", "--vocab"})
+        if (given.count(name)) fail("%s contradicts --model %s, which fixes it: edit the config.json instead", name, o.model.c_str());
+    if (is_directory(o.model)) weights = o.model;
+    Config c = read_config(file);
+    if (!o.batch) o.batch = 8;
+    if (!o.seq) o.seq = std::min(c.max_seq, 1024);
+    if (!o.lr) o.lr = 3e-4;
+    return c;
+}
+
+static void check_options(const Options& o, const std::set<std::string>& given) {
+    auto one_of = [](const char* name, const std::string& value, std::vector<std::string> allowed) {
+        std::string all;
+        for (const std::string& a : allowed) {
+            if (value == a) return;
+            all += (all.empty() ? "" : ", ") + a;
+        }
+        fail("%s %s is not one of: %s", name, printable(value).c_str(), all.c_str());
+    };
+    one_of("--schedule", o.schedule, {"cosine", "wsd", "constant"});
+    one_of("--recompute", o.recompute, {"none", "norms", "block"});
+    if (!find_recipe(o.recipe)) fail("--recipe %s is not in the table; see --list-recipes", printable(o.recipe).c_str());
+    if (o.eval_only && o.sample_only) fail("--eval-only contradicts --sample-only: run them one after the other");
+    bool resuming = given.count("--resume");
+    if ((o.eval_only || o.sample_only) && !resuming && !is_directory(o.model))
+        fail("%s needs trained weights: add --resume DIR, or --model with a folder that has model.safetensors", o.eval_only ? "--eval-only" : "--sample-only");
+    if (o.out.empty() && !resuming)
+        for (const char* name : {"--save-every", "--keep"})
+            if (given.count(name)) fail("%s has no effect without --out DIR", name);
+    if (on_gpu && type_of<act_t>() == Type::bf16 && o.recipe == "float")
+        fail("--recipe float needs float activations, which this GPU build does not have: build with `make ACT=float`, or use --recipe bf16");
+}
+
+// Peak to min_lr: linear warmup, then the schedule. The step counts from 1.
+static double learning_rate(const Options& o, int64_t step) {
+    if (step <= o.warmup) return o.lr * step / o.warmup;
+    double end = o.steps, at = step;
+    if (o.schedule == "constant") return o.lr;
+    if (o.schedule == "wsd") {
+        double start = std::max<double>(o.warmup, std::floor(0.8 * end));
+        return at <= start ? o.lr : o.lr + (o.min_lr - o.lr) * (at - start) / (end - start);
+    }
+    float s, c;
+    sincos_((float)(M_PI * (at - o.warmup) / std::max<double>(1, end - o.warmup)), &s, &c);
+    return o.min_lr + 0.5 * (o.lr - o.min_lr) * (1 + c);
+}
+
+// Sequence `index` of the run (counted over micro-batches and steps) is a window of the training split, every epoch in a new order.
+static void training_batch(const Run& run, int64_t micro, std::vector<int>& tokens, std::vector<int>& targets) {
+    const Options& o = run.o;
+    tokens.resize((size_t)o.batch * o.seq), targets.resize((size_t)o.batch * o.seq);
+    for (int b = 0; b < o.batch; b++) {
+        int64_t index = micro * o.batch + b, epoch = index / run.train.count;
+        Words w = philox({run.ctx.seed, 0, 0, 0, 0, Purpose::data_order}, (uint64_t)epoch);
+        int64_t window = run.train.first + permuted(index % run.train.count, run.train.count, w.w[0] | (uint64_t)w.w[1] << 32);
+        run.train_data.window(window, o.seq, &tokens[(size_t)b * o.seq], &targets[(size_t)b * o.seq]);
+    }
+}
+
+// Mean loss in nats per token over the first --eval-batches of held-out windows, the same ones every time, spread over the split.
+static double evaluate(Run& run) {
+    Ctx& ctx = run.ctx;
+    Model& m = run.model;
+    const Options& o = run.o;
+    int64_t windows = std::min<int64_t>((int64_t)o.eval_batches * o.batch, run.val.count);
+    std::vector<int> tokens((size_t)o.batch * o.seq), targets((size_t)o.batch * o.seq);
+    double total = 0;
+    for (int64_t i = 0; i < windows; i += o.batch) {
+        int B = (int)std::min<int64_t>(o.batch, windows - i);
+        for (int b = 0; b < B; b++)
+            run.held_out().window(run.val.first + (i + b) * run.val.count / windows, o.seq, &tokens[(size_t)b * o.seq], &targets[(size_t)b * o.seq]);
+        set_zero(ctx, m.sums, 2 * sizeof(acc_t));
+        forward(ctx, m, tokens.data(), B, o.seq);
+        classify(ctx, m, targets.data(), (int64_t)B * o.seq, 0);
+        acc_t sum;
+        to_host(ctx, &sum, m.sums, sizeof sum);
+        total += (double)sum;
+    }
+    return total / ((double)windows * o.seq);
+}
+
+struct StepResult { float loss, norm; bool skipped; };
+
+// One optimiser step over --accum micro-batches. A step whose loss or gradient is not finite changes nothing.
+static StepResult train_step(Run& run, double lr) {
+    Ctx& ctx = run.ctx;
+    Model& m = run.model;
+    const Options& o = run.o;
+    int64_t N = (int64_t)o.batch * o.seq;
+    std::vector<int> tokens, targets;
+    set_zero(ctx, m.grads, m.arena * sizeof(acc_t));
+    set_zero(ctx, m.sums, 2 * sizeof(acc_t));
+    for (int i = 0; i < o.accum; i++) {
+        training_batch(run, run.step * o.accum + i, tokens, targets);
+        forward(ctx, m, tokens.data(), o.batch, o.seq);
+        classify(ctx, m, targets.data(), N, acc_t(1) / (N * o.accum));
+        backward(ctx, m, tokens.data(), o.batch, o.seq);
+    }
+    sum_squares(ctx, m.norm_partial, m.grads, m.arena);
+    add_sum(ctx, m.sums + 1, m.norm_partial, chunks_of(m.arena));
+    acc_t sums[2];
+    to_host(ctx, sums, m.sums, sizeof sums);
+    StepResult r = {(float)(sums[0] / (N * o.accum)), (float)std::sqrt(sums[1]), false};
+    if (!is_finite(r.loss) || !is_finite(r.norm)) {
+        r.skipped = true;
+        return r;
+    }
+    double t = (double)(run.step + 1 - 0);
+    AdamW adam = {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, (acc_t)(1 - std::pow(0.9, t)), (acc_t)(1 - std::pow(0.95, t))};
+    if (o.clip > 0) adam.clip = std::min<acc_t>(1, (acc_t)(o.clip / (r.norm + 1e-6)));
+    for (const Tensor& tensor : m.tensors) {
+        adam.decay = tensor.decay ? (acc_t)o.decay : 0;
+        adamw_step(ctx, m.params + tensor.offset, m.m + tensor.offset, m.v + tensor.offset, m.grads + tensor.offset, (int64_t)tensor.size(), adam);
+    }
+    return r;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Sampling
+
+// The next token after logits (V): temperature, then top-k, then top-p, then one uniform draw. On the host: V is small beside a step.
+static int draw(const Options& o, std::vector<acc_t>& logits, RandomKey key, uint64_t index) {
+    std::vector<int> order(logits.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
+    std::sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
+    if (o.temperature == 0) return order[0];
+    size_t n = o.top_k > 0 ? std::min<size_t>(o.top_k, order.size()) : order.size();
+    std::vector<double> p(n);
+    double total = 0, mass = 0;
+    for (size_t i = 0; i < n; i++) total += p[i] = exp_((float)((logits[order[i]] - logits[order[0]]) / o.temperature));
+    size_t kept = 0;
+    while (kept < n && (kept == 0 || mass < o.top_p * total)) mass += p[kept++];
+    double u = uniform(philox(key, index).w[0]) * mass;
+    for (size_t i = 0; i < kept; i++)
+        if ((u -= p[i]) < 0) return order[i];
+    return order[kept - 1];
+}
+
+// Prints a sample. There is no key/value cache: every token runs the model over what precedes it, up to --seq tokens.
+static void sample(Run& run) {
+    const Options& o = run.o;
+    Model& m = run.model;
+    int V = m.config.vocab;
+    std::vector<int> ids = o.prompt.empty() ? std::vector<int>{run.tokenizer.begin} : run.tokenizer.encode(o.prompt);
+    for (int id : ids)
+        if (id >= V) fail("--prompt needs token %d, beyond the model's vocabulary of %d", id, V);
+    std::vector<acc_t> logits(V);
+    size_t prompt = ids.size();
+    for (int i = 0; i < o.sample_tokens; i++) {
+        size_t first = ids.size() > (size_t)m.T ? ids.size() - m.T : 0, length = ids.size() - first;
+        int T = std::min<int>(m.T, (int)(length + 63) / 64 * 64);               // padding: causal, so it changes nothing
+        std::vector<int> window(ids.begin() + first, ids.end());
+        window.resize(T, 0);
+        forward(run.ctx, m, window.data(), 1, T);
+        linear_forward(run.ctx, m.head, m.operands, m.logits, mat(m.h_final + (length - 1) * m.config.dim, m.config.dim), 1);
+        to_host(run.ctx, logits.data(), m.logits, V * sizeof(acc_t));
+        RandomKey key = {run.ctx.seed, (uint32_t)run.step, 0, 0, 0, Purpose::sampling};
+        ids.push_back(draw(o, logits, key, i));
+        if (ids.back() == run.tokenizer.end) break;
+    }
+    std::string text = run.tokenizer.decode(std::vector<int>(ids.begin() + (o.prompt.empty() ? 1 : 0), ids.end()));
+    printf("--- sample after step %lld, %zu tokens\n%s\n---\n", (long long)run.step, ids.size() - prompt, printable(text).c_str());
+    fflush(stdout);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Reports: memory, machine, profile
+
+// Bytes this process may still take.
+static double available_memory() {
+#ifdef __CUDACC__
+    size_t free_bytes, total;
+    CUDA(cudaMemGetInfo(&free_bytes, &total));
+    return (double)free_bytes;
+#else
+    double available = 0;
+    char line[256];
+    if (FILE* f = fopen("/proc/meminfo", "r")) {
+        while (fgets(line, sizeof line, f))
+            if (sscanf(line, "MemAvailable: %lf", &available) == 1) break;
+        fclose(f);
+    }
+    available *= 1024;
+    if (FILE* f = fopen("/sys/fs/cgroup/memory.max", "r")) {
+        double limit;
+        if (fscanf(f, "%lf", &limit) == 1 && limit < available) available = limit;
+        fclose(f);
+    }
+    return available;
+#endif
+}
+
+// Beside the arenas: tiles of attention scores and the library's packing buffers of every thread; the program itself.
+static double overhead_bytes(const Run& run, int T) {
+    if (on_gpu) return 600e6;                                                   // context and library
+    return 24e6 + run.ctx.threads * (2.0 * 64 * T * sizeof(acc_t) + 4e6);
+}
+
+static double planned_bytes(const Run& run, int B, bool train) {
+    Model m;
+    MemoryPlan p = measure(m, run.model.config, B, run.o.seq, run.model.recompute, run.recipe, train);
+    return p.total() + overhead_bytes(run, run.o.seq);
+}
+
+static void print_memory(const Run& run, bool train, FILE* to) {
+    const MemoryPlan& p = run.model.plan;
+    double total = p.total() + overhead_bytes(run, run.o.seq), available = available_memory();
+    auto row = [&](const char* name, double bytes) { fprintf(to, "  %-14s %9.3f GB\n", name, bytes * 1e-9); };
+    fprintf(to, "memory\n");
+    row("parameters", p.parameters), row("gradients", p.gradients), row("optimiser", p.optimiser), row("activations", p.activations);
+    row("scratch", p.scratch + p.tables), row("process", overhead_bytes(run, run.o.seq)), row("total", total), row("available", available);
+    int64_t fits = 0;
+    for (int64_t step = 1 << 20; step > 0; step /= 2)
+        if ((double)(fits + step) * run.o.seq < 2e9 && planned_bytes(run, (int)(fits + step), train) <= available) fits += step;
+    fprintf(to, "  largest --batch that fits: %lld\n", (long long)fits);
+}
+
+// FLOP/s of one large matmul with this recipe's operands, and bytes/s (read and write) of a large copy: the ceilings.
+static double measure_matmul(Ctx& ctx, const Recipe* recipe) {
+    int64_t n = on_gpu ? 8192 : 1024, m = on_gpu ? 8192 : std::max<int64_t>(1024, 256 * ctx.threads);
+    Type type = operand_type(recipe->fprop_x.format);
+    size_t ab = m * n * size_of(type);
+    char* p = (char*)device_alloc(3 * ab + m * n * 4, "measuring the matmul peak");
+    acc_t* c = (acc_t*)(p + 3 * ab);
+    // Random operands: zeros would flatter (less power drawn, higher clocks).
+    initialise(ctx, (acc_t*)p, (int64_t)(2 * ab / sizeof(acc_t)), 1, {1, 0, 0, 0, 0, Purpose::test});
+    if (type == Type::bf16) convert(ctx, (bf16*)p + 0, (const acc_t*)(p + ab), 1, (int64_t)(ab / sizeof(acc_t)), true), to_device(ctx, p, p, 0);
+    double best = 1e9, begin = seconds();
+    for (int i = 0; i < 50 && (i < 3 || seconds() - begin < 0.15); i++) {
+        ctx.synchronise();
+        double t = seconds();
+        matmul(ctx, "peak", c, n, {p, type, n}, Mat{p + ab / 2, type, n}.transposed(), m, n, n, 0);
+        ctx.synchronise();
+        best = std::min(best, seconds() - t);
+    }
+    device_free(p, 3 * ab + m * n * 4);
+    return 2.0 * m * n * n / best;
+}
+
+struct copy_rows;
+static double measure_copy(Ctx& ctx) {
+    const int64_t rows = on_gpu ? 65536 : 8192;
+    const int cols = 4096;
+    size_t bytes = rows * cols * sizeof(acc_t);
+    acc_t* p = (acc_t*)device_alloc(2 * bytes, "measuring the copy bandwidth");
+    acc_t* q = p + rows * cols;
+    double best = 1e9;
+    for (int i = 0; i < 6; i++) {
+        ctx.synchronise();
+        double t = seconds();
+        for_rows<copy_rows, 256>(ctx, {}, rows, KERNEL(Group<256> g, int64_t r) {
+            g.map(cols, [](acc_t& o, acc_t v) { o = v; }, out(q + r * cols), (const acc_t*)p + r * cols);
+        });
+        ctx.synchronise();
+        if (i > 0) best = std::min(best, seconds() - t);
+    }
+    device_free(p, 2 * bytes);
+    return 2.0 * bytes / best;
+}
+
+static void print_profile(Run& run, int steps) {
+    double peak = run.peak, copy = measure_copy(run.ctx), total = 0;
+    std::vector<Profiler::Row> rows = run.ctx.profiler.rows;
+    std::sort(rows.begin(), rows.end(), [](auto& a, auto& b) { return a.seconds > b.seconds; });
+    for (auto& r : rows) total += r.seconds;
+    printf("profile of %d steps: %.1f ms of kernels a step; ceilings measured: matmul %.0f GFLOP/s, copy %.1f GB/s\n", steps,
+           1e3 * total / steps, peak * 1e-9, copy * 1e-9);
+    printf("  %-26s %8s %10s %6s %9s %6s %10s %6s\n", "kernel", "calls", "ms/step", "share", "GB/s", "% copy", "GFLOP/s", "% peak");
+    for (auto& r : rows)
+        printf("  %-26s %8.1f %10.3f %5.1f%% %9.2f %5.0f%% %10.1f %5.0f%%\n", r.name, (double)r.calls / steps, 1e3 * r.seconds / steps,
+               100 * r.seconds / total, 1e-9 * r.bytes / r.seconds, 100 * r.bytes / r.seconds / copy, 1e-9 * r.flops / r.seconds,
+               100 * r.flops / r.seconds / peak);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Checkpoints and the log
+
+// Every option that outlives this invocation, by name, as text.
+static nlohmann::ordered_json saved_options(Options& o) {
+    nlohmann::ordered_json j = nlohmann::ordered_json::object();
+    for (const Option& t : option_table(o))
+        if (t.lives != Lives::here) j[t.name + 2] = to_text(t);
+    return j;
+}
+
+static void save(Run& run) {
+    Model& m = run.model;
+    std::vector<float> buffer;
+    auto source = [&](const acc_t* arena) -> FloatSource {
+        return [&, arena](size_t first, size_t count) {
+            if (!on_gpu) return (const float*)(arena + first);
+            buffer.resize(count);
+            to_host(run.ctx, buffer.data(), arena + first, count * sizeof(float));
+            return (const float*)buffer.data();
+        };
+    };
+    nlohmann::ordered_json state = {{"options", saved_options(run.o)}, {"bad_steps", run.bad_steps}, {"build", BUILD},
+        {"data", std::to_string(run.train_data.fingerprint())}};
+    std::string dir = save_checkpoint(run.o.out, run.step, write_config(m.config),
+        {{"model.safetensors", tensor_entries(m.tensors, {{"", source(m.params)}})},
+         {"optimizer.safetensors", tensor_entries(m.tensors, {{".exp_avg", source(m.m)}, {".exp_avg_sq", source(m.v)}})}}, state);
+    prune_checkpoints(run.o.out, run.o.keep);
+    printf("saved %s\n", dir.c_str());
+}
+
+static FloatSink sink(Ctx& ctx, acc_t* arena) {
+    return [&ctx, arena](size_t first, const float* values, size_t count) {
+        std::vector<acc_t> converted(values, values + count);
+        to_device(ctx, arena + first, converted.data(), count * sizeof(acc_t));
+    };
+}
+
+static FILE* open_log(Run& run) {
+    std::string path = run.o.out + "/log.jsonl";
+    struct stat st;
+    if (stat(path.c_str(), &st) == 0) truncate_log(path, run.step);
+    else {
+        nlohmann::ordered_json first = {{"options", saved_options(run.o)}, {"build", BUILD}, {"machine", MatmulPlans::library()}};
+        write_file_atomically(path, first.dump() + "\n");
+    }
+    FILE* log = fopen(path.c_str(), "a");
+    if (!log) fail("cannot append to %s: %s", path.c_str(), strerror(errno));
+    return log;
+}
+
+__attribute__((format(printf, 2, 3))) static void log_line(FILE* log, const char* format, ...) {
+    if (!log) return;
+    va_list args;
+    va_start(args, format);
+    int n = vfprintf(log, format, args);
+    va_end(args);
+    if (n < 0 || fflush(log) != 0) fail("cannot write log.jsonl: %s; free space, then go on with --resume", strerror(errno));
+}
+
+// Ctrl-C and SIGTERM ask the loop to finish its step, save and exit. A second Ctrl-C kills. (A signal handler can reach nothing
+// but static storage.)
+static volatile sig_atomic_t stop_requested = 0;
+static void request_stop(int) { stop_requested = 1; }
+
+// The options of the run to resume, from its newest checkpoint or, if it was killed before the first, from its log. Sets o.out,
+// returns the checkpoint's folder ("" for a fresh start of the same run) and fills `state`.
+static std::string find_run(Options& o, nlohmann::ordered_json& state) {
+    std::string dir = o.resume.empty() ? o.out : o.resume;
+    if (dir.empty()) fail("--resume needs the run's folder: --resume DIR, or --out DIR --resume");
+    while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
+    if (!is_directory(dir)) fail("nothing to resume: %s is not a folder", dir.c_str());
+    std::string checkpoint;
+    if (checkpoint_step(dir) >= 0) checkpoint = dir, dir = folder_of(dir);
+    if (!o.out.empty() && !o.resume.empty() && o.out != dir) fail("--out %s contradicts --resume %s: leave --out away", o.out.c_str(), o.resume.c_str());
+    o.out = dir;
+    if (checkpoint.empty()) checkpoint = latest_checkpoint(dir);
+    if (!checkpoint.empty()) {
+        state = open_checkpoint(checkpoint);
+        return checkpoint;
+    }
+    std::string path = dir + "/log.jsonl";
+    struct stat st;
+    if (stat(path.c_str(), &st) != 0) fail("nothing to resume in %s: it has no checkpoint and no log.jsonl", dir.c_str());
+    MappedFile log(path);
+    const char* end = (const char*)memchr(log.data, '\n', log.size);
+    state = nlohmann::ordered_json::parse((const char*)log.data, end ? end : (const char*)log.data + log.size, nullptr, false);
+    if (!state.is_object() || !state["options"].is_object()) fail("%s is damaged: its first line should be the options of the run", path.c_str());
+    return "";
+}
+
+// Takes over a saved run's options. One that is part of the trajectory and was given with another value is an error.
+static void adopt_options(std::vector<Option>& table, Options& o, std::set<std::string>& given, const nlohmann::ordered_json& saved) {
+    (void)o;
+    for (const Option& t : table) {
+        if (t.lives == Lives::here) continue;
+        auto it = saved.find(t.name + 2);
+        if (it == saved.end() || !it->is_string()) fail("the checkpoint does not know %s: it was written by another version", t.name);
+        std::string value = it->get<std::string>();
+        bool was_given = given.count(t.name);
+        if (was_given && t.lives == Lives::run && value != to_text(t))
+            fail("%s %s contradicts the run to resume, which has %s: leave it away, or start a new run", t.name, to_text(t).c_str(), value.c_str());
+        if (was_given) continue;
+        set_option(t, value);
+        given.insert(t.name);
+    }
+}
+
+// "a.txt,b/*.bin" with every path made absolute, so that a run can be resumed from anywhere.
+static std::string absolute(const std::string& spec) {
+    std::string all;
+    for (size_t at = 0, comma; at <= spec.size() && !spec.empty(); at = comma + 1) {
+        comma = std::min(spec.find(',', at), spec.size());
+        all += (at ? "," : "") + std::filesystem::absolute(spec.substr(at, comma - at)).lexically_normal().string();
+    }
+    return all;
+}
+
+// An empty or new folder for a new run.
+static void claim_folder(const std::string& out) {
+    std::error_code ec;
+    std::filesystem::create_directories(out, ec);
+    if (ec || !is_directory(out)) fail("cannot create --out %s: %s", out.c_str(), ec ? ec.message().c_str() : "it is not a folder");
+    if (!std::filesystem::is_empty(out, ec)) fail("--out %s is not empty: add --resume to go on with the run in it, or name a new folder", out.c_str());
+    if (access(out.c_str(), W_OK) != 0) fail("cannot write to --out %s: %s", out.c_str(), strerror(errno));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The run
+
+static void report(Run& run, const std::string& checkpoint) {
+    const Options& o = run.o;
+    const Config& c = run.model.config;
+#ifdef __CUDACC__
+    cudaDeviceProp device;
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    printf("machine  | %s (sm_%d%d), %s", device.name, device.major, device.minor, MatmulPlans::library());
+#else
+    printf("machine  | CPU, %d thread%s, %s", run.ctx.threads, run.ctx.threads == 1 ? "" : "s", MatmulPlans::library());
+#endif
+    printf(", bf16 operands %s; matmul peak %.0f GFLOP/s (measured, %s)\n", MatmulPlans::bf16_units() ? "multiplied natively" : "held as float (no bf16 units)",
+           run.peak * 1e-9, o.recipe.c_str());
+    printf("model    | %s: %d layers, dim %d, %d/%d heads of %d, ffn %d, vocab %d; %.2fM parameters, %.2fM without embedding and head\n", o.model.c_str(),
+           c.layers, c.dim, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, parameter_count(run.model.tensors) * 1e-6,
+           parameter_count(run.model.tensors, true) * 1e-6);
+    printf("recipe   | %s: %s\n", run.recipe->name, run.recipe->about);
+    printf("data     | %s: %s, %.2fM tokens, %lld windows of %d to train on, %lld held out%s\n", o.data.c_str(), Corpus::format(run.train_data.kind).name,
+           run.train_data.tokens * 1e-6, (long long)run.train.count, o.seq, (long long)run.val.count, o.val.empty() ? "" : " from --val");
+    if (run.train_data.kind == Corpus::TEXT && c.vocab == 256) printf("         | tokens are bytes: bits per byte = loss / ln 2\n");
+    printf("schedule | %lld steps of %lld tokens (%.2f epochs), lr %g to %g, %s, %lld warmup steps\n", (long long)o.steps, (long long)run.tokens_per_step(),
+           (double)o.steps * o.batch * o.accum / run.train.count, o.lr, o.min_lr, o.schedule.c_str(), (long long)o.warmup);
+    printf("memory   | %.2f GB of %.2f GB available; %.1f GFLOP a step\n", (run.model.plan.total() + overhead_bytes(run, o.seq)) * 1e-9,
+           available_memory() * 1e-9, flops_per_token(c, o.seq) * run.tokens_per_step() * 1e-9);
+    if (!o.out.empty()) printf("output   | %s%s%s\n", o.out.c_str(), checkpoint.empty() ? "" : ", resumed from ", checkpoint.c_str());
+}
+
+static std::string duration(double s) {
+    char text[32];
+    if (s < 60) snprintf(text, sizeof text, "%.0fs", s);
+    else if (s < 3600) snprintf(text, sizeof text, "%dm%02ds", (int)s / 60, (int)s % 60);
+    else snprintf(text, sizeof text, "%dh%02dm", (int)(s / 3600), (int)s / 60 % 60);
+    return text;
+}
+
+// Trains from run.step to --steps. Returns whether it ran to the end.
+static bool train(Run& run, FILE* log) {
+    const Options& o = run.o;
+    const int stop_after = 10;                                                   // non-finite steps in a row
+    double flops = flops_per_token(run.model.config, o.seq) * run.tokens_per_step(), average = 0;
+    struct sigaction action = {};
+    action.sa_handler = request_stop;
+    action.sa_flags = SA_RESETHAND;
+    sigaction(SIGINT, &action, nullptr), sigaction(SIGTERM, &action, nullptr);
+    int64_t last = o.profile ? std::min(o.steps, run.step + 1 + o.profile) : o.steps, first = run.step + 1;
+    while (run.step < last && !stop_requested) {
+        run.ctx.profiler.on = o.profile && run.step >= first;                    // the first step warms caches and plans
+        double begin = seconds(), lr = learning_rate(o, run.step + 1);
+        StepResult r = train_step(run, lr);
+        run.ctx.synchronise();
+        double s = seconds() - begin;
+        run.ctx.profiler.on = false;
+        run.step++;
+        run.bad_steps = r.skipped ? run.bad_steps + 1 : 0;
+        average = average == 0 || run.step == first + 1 ? s : 0.9 * average + 0.1 * s;   // the first step also makes plans
+
+        printf("step %lld/%lld | loss %.9g | norm %.4g | lr %.3g | %.0f ms | %.0f tok/s | %s of peak | eta %s%s\n", (long long)run.step, (long long)o.steps,
+               r.loss, r.norm, lr, s * 1e3, run.tokens_per_step() / s, run.peak > 0 ? (std::to_string((int)(100 * flops / s / run.peak + 0.5)) + "%").c_str() : "n/a",
+               duration(average * (o.steps - run.step)).c_str(), r.skipped ? " | NOT FINITE, step skipped" : "");
+        fflush(stdout);
+        auto finite = [](float v) { char t[32]; snprintf(t, sizeof t, "%.9g", v); return std::string(is_finite(v) ? t : "null"); };
+        log_line(log, "{\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"grad_norm\":%s,\"ms\":%.3f,\"tokens_per_s\":%.1f%s}\n", (long long)run.step, finite(r.loss).c_str(),
+                 lr, finite(r.norm).c_str(), s * 1e3, run.tokens_per_step() / s, r.skipped ? ",\"skipped\":true" : "");
+        if (run.bad_steps >= stop_after)
+            fail("loss or gradient was not finite %d steps in a row: lower --lr (%g) or lengthen --warmup, and check the data%s", stop_after, o.lr,
+                 o.out.empty() ? "" : "; --resume starts from the last checkpoint");
+        if (o.profile) continue;
+
+        bool end = run.step == o.steps;
+        if (end || (o.eval_every && run.step % o.eval_every == 0)) {
+            double loss = evaluate(run);
+            printf("eval %lld/%lld | val loss %.6f", (long long)run.step, (long long)o.steps, loss);
+            if (run.bytes_per_token_one) printf(" | %.4f bits per byte", loss / M_LN2);
+            printf("\n");
+            log_line(log, "{\"step\":%lld,\"val_loss\":%.9g}\n", (long long)run.step, loss);
+        }
+        if (o.sample_tokens && (end || (o.sample_every && run.step % o.sample_every == 0))) sample(run);
+        if (log && (end || stop_requested || (o.save_every && run.step % o.save_every == 0))) save(run);
+    }
+    if (stop_requested && run.step < last)
+        printf("stopped after step %lld%s\n", (long long)run.step, log ? ": go on with --resume" : "; nothing was saved (no --out)");
+    return !stop_requested;
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    Run run;
+    Options& o = run.o;
+    Ctx& ctx = run.ctx;
+    std::vector<Option> table = option_table(o);
+    std::set<std::string> given = parse(argc, argv, table);
+    if (o.help) return print_help(table), 0;
+    if (o.list_recipes) return list_recipes(), 0;
+    bool resuming = given.count("--resume");
+    o.data = absolute(o.data), o.val = absolute(o.val), o.tokenizer = absolute(o.tokenizer);
+    if (o.model.find('/') != std::string::npos || ends_with(o.model, ".json")) o.model = absolute(o.model);
+
+    nlohmann::ordered_json state;
+    std::string checkpoint;
+    if (resuming) {
+        checkpoint = find_run(o, state);
+        adopt_options(table, o, given, state["options"]);
+    }
+    check_options(o, given);
+    ctx.threads = o.threads ? o.threads : on_gpu ? 1 : omp_get_num_procs();
+    ctx.seed = (uint64_t)o.seed;
+#ifdef __CUDACC__
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) fail("this is the GPU build and no GPU answers: build for the CPU with `make GPU=0`");
+    CUDA(cudaStreamCreate(&ctx.stream));
+#endif
+    ctx.plans = std::make_shared<MatmulPlans>(ctx);
+    run.recipe = find_recipe(o.recipe);
+
+    // Data, then the model's shape (its vocabulary may come from the data), then the split (its windows come from --seq).
+    struct stat st;
+    if (!given.count("--data") && stat(o.data.c_str(), &st) != 0)
+        fail("there is no %s yet: `make run` writes it, or name your own text with --data FILE", o.data.c_str());
+    run.train_data = Corpus::open(o.data, o.vocab);
+    if (!o.val.empty()) run.val_data = Corpus::open(o.val, o.vocab);
+    if (!o.val.empty() && run.val_data.kind != run.train_data.kind) fail("--val holds %s, --data holds %s: give data of one kind",
+        Corpus::format(run.val_data.kind).name, Corpus::format(run.train_data.kind).name);
+    std::string weights;
+    Config config = checkpoint.empty() ? resolve_config(o, given, run.train_data.vocab, weights) : read_config(checkpoint + "/config.json");
+    check_config(config);
+    if (run.train_data.vocab > config.vocab) fail("the data's vocabulary of %d is larger than the model's %d: give --vocab %d, or other data",
+        run.train_data.vocab, config.vocab, config.vocab);
+    if (o.min_lr < 0) o.min_lr = o.lr / 10;
+    if (o.min_lr > o.lr) fail("--min-lr %g is above --lr %g", o.min_lr, o.lr);
+    if (o.warmup < 0) o.warmup = o.steps / 20;
+    if (o.warmup > o.steps) fail("--warmup %lld is longer than --steps %lld", (long long)o.warmup, (long long)o.steps);
+    if (o.seq > config.max_seq) fail("--seq %d is over the model's %d positions", o.seq, config.max_seq);
+    run.train = o.val.empty() ? run.train_data.training(o.seq) : run.train_data.all(o.seq);
+    run.val = o.val.empty() ? run.train_data.held_out(o.seq) : run.val_data.all(o.seq);
+    run.bytes_per_token_one = run.train_data.kind == Corpus::TEXT;
+    if (!o.tokenizer.empty()) run.tokenizer = Tokenizer::open(o.tokenizer);
+    else if (run.train_data.kind != Corpus::TEXT) o.sample_tokens = 0;            // ids without a tokenizer say nothing to people
+
+    // Memory: planned, shown or refused, allocated.
+    Recompute recompute = o.recompute == "block" ? Recompute::block : o.recompute == "norms" ? Recompute::norms : Recompute::none;
+    bool training = !o.eval_only && !o.sample_only;
+    measure(run.model, config, o.batch, o.seq, recompute, run.recipe, training);
+    double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 12.0 * parameter_count(run.model.tensors);
+    if (o.dry_run) {
+        print_memory(run, training, stdout);
+        printf("compute\n  %-14s %9.3f TFLOP a step (6 per weight and token, and causal attention)\n", "training", flops_per_token(config, o.seq) * run.tokens_per_step() * 1e-12);
+        printf("disk\n  %-14s %9.3f GB each, %.3f GB at most with --keep %d\n", "checkpoint", disk * 1e-9, disk * (o.keep + 1) * 1e-9, o.keep);
+        return 0;
+    }
+    if (needed > available_memory()) {
+        print_memory(run, training, stderr);
+        fail("this run does not fit: lower --batch (and raise --accum), shorten --seq, or use --recompute block");
+    }
+    if (!o.out.empty() && !resuming && training) claim_folder(o.out);
+    if (resuming && training && state.contains("data") && state["data"] != std::to_string(run.train_data.fingerprint()))
+        fail("%s is not the data this run was trained on: put the original back, or start a new run", o.data.c_str());
+    run.peak = measure_matmul(ctx, run.recipe);
+    allocate(ctx, run.model, run.recipe, training);
+
+    if (!checkpoint.empty()) {
+        run.step = checkpoint_step(checkpoint);
+        run.bad_steps = state.value("bad_steps", 0);
+        load_parameters(WeightFiles(checkpoint), run.model.tensors, sink(ctx, run.model.params));
+        if (training) load_tensors(WeightFiles(checkpoint + "/optimizer.safetensors"), run.model.tensors,
+            {{".exp_avg", sink(ctx, run.model.m)}, {".exp_avg_sq", sink(ctx, run.model.v)}});
+    } else if (!weights.empty()) load_parameters(WeightFiles(weights), run.model.tensors, sink(ctx, run.model.params));
+    else initialise(ctx, run.model);
+
+    report(run, checkpoint);
+    if (o.sample_only) return sample(run), 0;
+    if (o.eval_only) {
+        double loss = evaluate(run);
+        printf("eval %lld | val loss %.6f", (long long)run.step, loss);
+        if (run.bytes_per_token_one) printf(" | %.4f bits per byte", loss / M_LN2);
+        printf("\n");
+        return 0;
+    }
+    FILE* log = nullptr;
+    if (!o.out.empty() && !o.profile) {
+        if (resuming) remove_leftovers(o.out), remove_checkpoints_after(o.out, run.step);
+        log = open_log(run);
+    }
+    if (run.step >= o.steps) printf("the run has already done its %lld steps\n", (long long)o.steps);
+    train(run, log);
+    if (o.profile) print_profile(run, o.profile);
+    if (log && fclose(log) != 0) fail("cannot write log.jsonl: %s", strerror(errno));
+    return 0;
+}
+#endif
