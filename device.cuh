@@ -72,6 +72,13 @@ HD void store(bf16* p, float v) {          // round to nearest even; a NaN keeps
     p->bits = (uint16_t)(nan ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// v as an act_t would hold it, so that a kernel can go on with what it stores.
+HD acc_t as_act(acc_t v) {
+    act_t t;
+    store(&t, v);
+    return load(&t);
+}
+
 // A NaN or an infinity, told by its bits, so that no compiler flag can fold the question away.
 HD bool is_finite(float v) { return (bits_of(v) & 0x7f800000) != 0x7f800000; }
 HD bool is_finite(double v) {
@@ -286,7 +293,7 @@ inline void set_zero(Ctx& ctx, void* p, size_t n) {
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Group: a row's worth of lanes. Arguments of map/sum/max after the function are rows of `n` contiguous elements:
-// const T* is read, T* is read and written, out(T*) is only written. The function sees acc_t's.
+// const T* is read, T* is read and written, out(T*) is only written. The function sees acc_t's; sum's may write, too.
 
 template <class T> struct Out { T* p; };
 template <class T> HD Out<T> out(T* p) { return {p}; }
@@ -492,7 +499,9 @@ template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int
     rows_kernel<Tag, W><<<(unsigned)((n + groups - 1) / groups), W < 128 ? 128 : W, 0, ctx.stream>>>(n, kernel);
     CUDA(cudaGetLastError());
 #else
-    #pragma omp parallel for schedule(static) num_threads(ctx.threads)
+    // Sixteen pieces a thread, taken as threads come free: a core that is slower, or busy with something else, delays less.
+    int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
+    #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)
     for (int64_t r = 0; r < n; r++) kernel(Group<W>(), r);
 #endif
 }

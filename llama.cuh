@@ -199,7 +199,7 @@ inline int64_t parameter_count(const std::vector<Tensor>& table, bool body_only 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Layers. Each launcher states shapes; all matrices are row-major and contiguous unless a stride is given.
 
-struct init_normal; struct init_ones; struct embedding_forward; struct embedding_backward; struct residual_rmsnorm_forward;
+struct init_weights; struct embedding_forward; struct embedding_backward; struct residual_rmsnorm_forward;
 struct rmsnorm_backward; struct sum_chunks; struct rope; struct swiglu_forward; struct swiglu_backward; struct cross_entropy;
 struct sum_rows; struct square_chunks; struct adamw;
 
@@ -207,15 +207,10 @@ constexpr int64_t chunk = 16384;                                              //
 inline int64_t chunks_of(int64_t n) { return (n + chunk - 1) / chunk; }
 
 // N(0, std) from the stream `key`, or ones where std is 0.
-inline void initialise(Ctx& ctx, acc_t* w, int64_t n, float std, RandomKey key) {
-    if (std == 0)
-        for_rows<init_ones, 128>(ctx, {n * 4., 0}, chunks_of(n), KERNEL(Group<128> g, int64_t r) {
-            g.map((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [](acc_t& o) { o = 1; }, out(w + r * chunk));
-        });
-    else
-        for_rows<init_normal, 128>(ctx, {n * 4., 0}, chunks_of(n), KERNEL(Group<128> g, int64_t r) {
-            for (int64_t i = r * chunk + g.lane(); i < n && i < (r + 1) * chunk; i += g.lanes) w[i] = std * normal(key, i);
-        });
+template <class T> void initialise(Ctx& ctx, T* w, int64_t n, float std, RandomKey key) {
+    for_rows<init_weights, 128>(ctx, {n * sizeof(T) * 1., 0}, chunks_of(n), KERNEL(Group<128> g, int64_t r) {
+        for (int64_t i = r * chunk + g.lane(); i < n && i < (r + 1) * chunk; i += g.lanes) store(w + i, std == 0 ? 1 : std * normal(key, i));
+    });
 }
 
 // x (N x C) = embed[token].
@@ -251,13 +246,13 @@ inline void embed_backward(Ctx& ctx, acc_t* grad, const act_t* dx, const int* to
 inline void residual_rmsnorm(Ctx& ctx, act_t* x, act_t* h, acc_t* rstd, const act_t* a, const act_t* b, const acc_t* w, int64_t N, int C, acc_t eps) {
     Cost cost = {N * C * sizeof(act_t) * (b ? 4. : 2.), N * C * 5.};
     for_rows<residual_rmsnorm_forward>(ctx, cost, N, KERNEL(Group<32> g, int64_t r) {
-        const act_t* row = a + r * C;
-        if (b) {
-            g.map(C, [](acc_t& o, acc_t u, acc_t v) { o = u + v; }, out(x + r * C), row, b + r * C);
-            g.sync();
-            row = x + r * C;
-        }
-        acc_t s = 1 / std::sqrt(g.sum(C, [](acc_t v) { return v * v; }, row) / C + eps);
+        const act_t* row = b ? x + r * C : a + r * C;
+        acc_t squares = b ? g.sum(C, [](acc_t& o, acc_t u, acc_t v) {
+            o = as_act(u + v);                                                // rounded first, so that recomputing from x gives the same
+            return o * o;
+        }, out(x + r * C), a + r * C, b + r * C) : g.sum(C, [](acc_t v) { return v * v; }, row);
+        g.sync();
+        acc_t s = 1 / std::sqrt(squares / C + eps);
         g.map(C, [=](acc_t& o, acc_t v, acc_t u) { o = v * s * u; }, out(h + r * C), row, w);
         if (g.lane() == 0) rstd[r] = s;
     });

@@ -231,7 +231,7 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
     int64_t size_c = size_of(type_c), ld = ldc;
     const char *pa = (const char*)a.data, *pb = (const char*)b.data;
     (void)k, (void)add;
-    #pragma omp parallel for schedule(static) num_threads(ctx.threads)
+    #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
     for (int64_t t = 0; t < rows * cols; t++) {
         int64_t i = t / cols, j = t % cols;
         ctx.plans->run(ctx, *plans[i == rows - 1][j == cols - 1], (char*)c + (i * tile_rows * ld + j * tile_cols) * size_c,

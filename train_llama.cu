@@ -114,11 +114,10 @@ static std::vector<Option> option_table(Options& o) {
 }
 
 static std::string to_text(const Option& option) {
-    char s[64];
     if (auto p = std::get_if<bool*>(&option.at)) return **p ? "1" : "0";
     if (auto p = std::get_if<int*>(&option.at)) return std::to_string(**p);
     if (auto p = std::get_if<int64_t*>(&option.at)) return std::to_string(**p);
-    if (auto p = std::get_if<double*>(&option.at)) return snprintf(s, sizeof s, "%.17g", **p), s;
+    if (auto p = std::get_if<double*>(&option.at)) return nlohmann::json(**p).dump();     // the shortest text that reads back the same
     return **std::get_if<std::string*>(&option.at);
 }
 
@@ -183,11 +182,6 @@ static void print_help(const std::vector<Option>& table) {
     for (const Option& t : table) {
         if (t.section) printf("\n%s\n", t.section);
         std::string usual = t.usual ? t.usual : t.value ? to_text(t) : "";
-        if (auto p = std::get_if<double*>(&t.at); p && !t.usual) {
-            char s[32];
-            snprintf(s, sizeof s, "%g", **p);
-            usual = s;
-        }
         printf("  %-14s %-9s  %s%s%s%s\n", t.name, t.value ? t.value : "", t.help, usual.empty() ? "" : " (", usual.c_str(), usual.empty() ? "" : ")");
     }
     printf("\nPresets (named by parameters without embedding and head)\n  %-12s layers  dim heads kv   ffn batch  seq   lr\n", "name");
@@ -216,11 +210,9 @@ struct Run {
     Corpus train_data, val_data;
     Split train, val;
     Tokenizer tokenizer;
-    bool bytes_per_token_one;      // byte data: bits per byte can be shown
     double peak = 0;               // measured matmul FLOP/s for this recipe's operands
     int64_t step = 0;              // optimiser steps done
     int bad_steps = 0;             // skipped in a row
-    double resumed_ms = 0;
     const Corpus& held_out() const { return o.val.empty() ? train_data : val_data; }
     int64_t tokens_per_step() const { return (int64_t)o.batch * o.seq * o.accum; }
 };
@@ -336,6 +328,15 @@ static double evaluate(Run& run) {
     return total / ((double)windows * o.seq);
 }
 
+static double print_evaluation(Run& run) {
+    double loss = evaluate(run);
+    printf("eval %lld/%lld | val loss %.9g", (long long)run.step, (long long)run.o.steps, loss);
+    if (run.train_data.kind == Corpus::TEXT) printf(" | %.4f bits per byte", loss / M_LN2);
+    printf("\n");
+    fflush(stdout);
+    return loss;
+}
+
 struct StepResult { float loss, norm; bool skipped; };
 
 // One optimiser step over --accum micro-batches. A step whose loss or gradient is not finite changes nothing.
@@ -362,7 +363,7 @@ static StepResult train_step(Run& run, double lr) {
         r.skipped = true;
         return r;
     }
-    double t = (double)(run.step + 1 - 0);
+    double t = (double)(run.step + 1);
     AdamW adam = {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, (acc_t)(1 - std::pow(0.9, t)), (acc_t)(1 - std::pow(0.95, t))};
     if (o.clip > 0) adam.clip = std::min<acc_t>(1, (acc_t)(o.clip / (r.norm + 1e-6)));
     for (const Tensor& tensor : m.tensors) {
@@ -476,21 +477,21 @@ static void print_memory(const Run& run, bool train, FILE* to) {
 static double measure_matmul(Ctx& ctx, const Recipe* recipe) {
     int64_t n = on_gpu ? 8192 : 1024, m = on_gpu ? 8192 : std::max<int64_t>(1024, 256 * ctx.threads);
     Type type = operand_type(recipe->fprop_x.format);
-    size_t ab = m * n * size_of(type);
-    char* p = (char*)device_alloc(3 * ab + m * n * 4, "measuring the matmul peak");
-    acc_t* c = (acc_t*)(p + 3 * ab);
+    size_t size_a = m * n * size_of(type), size_b = n * n * size_of(type), total = size_a + size_b + m * n * sizeof(acc_t);
+    char* p = (char*)device_alloc(total, "measuring the matmul peak");
     // Random operands: zeros would flatter (less power drawn, higher clocks).
-    initialise(ctx, (acc_t*)p, (int64_t)(2 * ab / sizeof(acc_t)), 1, {1, 0, 0, 0, 0, Purpose::test});
-    if (type == Type::bf16) convert(ctx, (bf16*)p + 0, (const acc_t*)(p + ab), 1, (int64_t)(ab / sizeof(acc_t)), true), to_device(ctx, p, p, 0);
+    RandomKey key = {1, 0, 0, 0, 0, Purpose::test};
+    if (type == Type::bf16) initialise(ctx, (bf16*)p, m * n + n * n, 1, key);
+    else initialise(ctx, (acc_t*)p, m * n + n * n, 1, key);
     double best = 1e9, begin = seconds();
     for (int i = 0; i < 50 && (i < 3 || seconds() - begin < 0.15); i++) {
         ctx.synchronise();
         double t = seconds();
-        matmul(ctx, "peak", c, n, {p, type, n}, Mat{p + ab / 2, type, n}.transposed(), m, n, n, 0);
+        matmul(ctx, "peak", (acc_t*)(p + size_a + size_b), n, {p, type, n}, Mat{p + size_a, type, n}.transposed(), m, n, n, 0);
         ctx.synchronise();
         best = std::min(best, seconds() - t);
     }
-    device_free(p, 3 * ab + m * n * 4);
+    device_free(p, total);
     return 2.0 * m * n * n / best;
 }
 
@@ -540,8 +541,9 @@ static nlohmann::ordered_json saved_options(Options& o) {
     return j;
 }
 
-static void save(Run& run) {
+static void save(Run& run, FILE* log) {
     Model& m = run.model;
+    fsync(fileno(log));                                                          // a checkpoint never outlives the log of its steps
     std::vector<float> buffer;
     auto source = [&](const acc_t* arena) -> FloatSource {
         return [&, arena](size_t first, size_t count) {
@@ -614,15 +616,14 @@ static std::string find_run(Options& o, nlohmann::ordered_json& state) {
     struct stat st;
     if (stat(path.c_str(), &st) != 0) fail("nothing to resume in %s: it has no checkpoint and no log.jsonl", dir.c_str());
     MappedFile log(path);
-    const char* end = (const char*)memchr(log.data, '\n', log.size);
-    state = nlohmann::ordered_json::parse((const char*)log.data, end ? end : (const char*)log.data + log.size, nullptr, false);
+    const uint8_t* end = std::find(log.data, log.data + log.size, '\n');
+    state = nlohmann::ordered_json::parse(log.data, end, nullptr, false);
     if (!state.is_object() || !state["options"].is_object()) fail("%s is damaged: its first line should be the options of the run", path.c_str());
     return "";
 }
 
 // Takes over a saved run's options. One that is part of the trajectory and was given with another value is an error.
-static void adopt_options(std::vector<Option>& table, Options& o, std::set<std::string>& given, const nlohmann::ordered_json& saved) {
-    (void)o;
+static void adopt_options(const std::vector<Option>& table, const std::set<std::string>& given, const nlohmann::ordered_json& saved) {
     for (const Option& t : table) {
         if (t.lives == Lives::here) continue;
         auto it = saved.find(t.name + 2);
@@ -631,9 +632,7 @@ static void adopt_options(std::vector<Option>& table, Options& o, std::set<std::
         bool was_given = given.count(t.name);
         if (was_given && t.lives == Lives::run && value != to_text(t))
             fail("%s %s contradicts the run to resume, which has %s: leave it away, or start a new run", t.name, to_text(t).c_str(), value.c_str());
-        if (was_given) continue;
-        set_option(t, value);
-        given.insert(t.name);
+        if (!was_given) set_option(t, value);
     }
 }
 
@@ -702,6 +701,7 @@ static bool train(Run& run, FILE* log) {
     action.sa_handler = request_stop;
     action.sa_flags = SA_RESETHAND;
     sigaction(SIGINT, &action, nullptr), sigaction(SIGTERM, &action, nullptr);
+    signal(SIGXFSZ, SIG_IGN);                                                    // a file-size limit is an error from write(), with its line
     int64_t last = o.profile ? std::min(o.steps, run.step + 1 + o.profile) : o.steps, first = run.step + 1;
     while (run.step < last && !stop_requested) {
         run.ctx.profiler.on = o.profile && run.step >= first;                    // the first step warms caches and plans
@@ -728,14 +728,10 @@ static bool train(Run& run, FILE* log) {
 
         bool end = run.step == o.steps;
         if (end || (o.eval_every && run.step % o.eval_every == 0)) {
-            double loss = evaluate(run);
-            printf("eval %lld/%lld | val loss %.6f", (long long)run.step, (long long)o.steps, loss);
-            if (run.bytes_per_token_one) printf(" | %.4f bits per byte", loss / M_LN2);
-            printf("\n");
-            log_line(log, "{\"step\":%lld,\"val_loss\":%.9g}\n", (long long)run.step, loss);
+            log_line(log, "{\"step\":%lld,\"val_loss\":%.9g}\n", (long long)run.step, print_evaluation(run));
         }
         if (o.sample_tokens && (end || (o.sample_every && run.step % o.sample_every == 0))) sample(run);
-        if (log && (end || stop_requested || (o.save_every && run.step % o.save_every == 0))) save(run);
+        if (log && (end || stop_requested || (o.save_every && run.step % o.save_every == 0))) save(run, log);
     }
     if (stop_requested && run.step < last)
         printf("stopped after step %lld%s\n", (long long)run.step, log ? ": go on with --resume" : "; nothing was saved (no --out)");
@@ -753,13 +749,13 @@ int main(int argc, char** argv) {
     if (o.list_recipes) return list_recipes(), 0;
     bool resuming = given.count("--resume");
     o.data = absolute(o.data), o.val = absolute(o.val), o.tokenizer = absolute(o.tokenizer);
-    if (o.model.find('/') != std::string::npos || ends_with(o.model, ".json")) o.model = absolute(o.model);
+    if (is_directory(o.model) || access(o.model.c_str(), F_OK) == 0) o.model = absolute(o.model);
 
     nlohmann::ordered_json state;
     std::string checkpoint;
     if (resuming) {
         checkpoint = find_run(o, state);
-        adopt_options(table, o, given, state["options"]);
+        adopt_options(table, given, state["options"]);
     }
     check_options(o, given);
     ctx.threads = o.threads ? o.threads : on_gpu ? 1 : omp_get_num_procs();
@@ -783,6 +779,7 @@ int main(int argc, char** argv) {
     std::string weights;
     Config config = checkpoint.empty() ? resolve_config(o, given, run.train_data.vocab, weights) : read_config(checkpoint + "/config.json");
     check_config(config);
+    o.layers = config.layers, o.dim = config.dim, o.heads = config.heads, o.kv_heads = config.kv_heads, o.ffn = config.ffn, o.vocab = config.vocab;
     if (run.train_data.vocab > config.vocab) fail("the data's vocabulary of %d is larger than the model's %d: give --vocab %d, or other data",
         run.train_data.vocab, config.vocab, config.vocab);
     if (o.min_lr < 0) o.min_lr = o.lr / 10;
@@ -792,7 +789,6 @@ int main(int argc, char** argv) {
     if (o.seq > config.max_seq) fail("--seq %d is over the model's %d positions", o.seq, config.max_seq);
     run.train = o.val.empty() ? run.train_data.training(o.seq) : run.train_data.all(o.seq);
     run.val = o.val.empty() ? run.train_data.held_out(o.seq) : run.val_data.all(o.seq);
-    run.bytes_per_token_one = run.train_data.kind == Corpus::TEXT;
     if (!o.tokenizer.empty()) run.tokenizer = Tokenizer::open(o.tokenizer);
     else if (run.train_data.kind != Corpus::TEXT) o.sample_tokens = 0;            // ids without a tokenizer say nothing to people
 
@@ -828,13 +824,7 @@ int main(int argc, char** argv) {
 
     report(run, checkpoint);
     if (o.sample_only) return sample(run), 0;
-    if (o.eval_only) {
-        double loss = evaluate(run);
-        printf("eval %lld | val loss %.6f", (long long)run.step, loss);
-        if (run.bytes_per_token_one) printf(" | %.4f bits per byte", loss / M_LN2);
-        printf("\n");
-        return 0;
-    }
+    if (o.eval_only) return print_evaluation(run), 0;
     FILE* log = nullptr;
     if (!o.out.empty() && !o.profile) {
         if (resuming) remove_leftovers(o.out), remove_checkpoints_after(o.out, run.step);
