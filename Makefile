@@ -113,7 +113,10 @@ build/compile/%.o: train_llama.cu
 	@mkdir -p build/compile
 	$(NVCC) $(NVCCFLAGS) -gencode arch=compute_$*,code=sm_$* -MMD -MP -MF $@.d -DBUILD='"compile check"' -c $< -o $@
 
-bench: $(DIR)/train_llama
+$(DIR)/bench_kernels: dev/bench_kernels.cu
+	@mkdir -p $(DIR)
+	$(COMPILE) -MMD -MP -MF $@.d $< -o $@ $(LIBS)
+bench: $(DIR)/train_llama $(DIR)/bench_kernels data/stories.txt
 	@$(PYTHON) dev/bench.py $(DIR)/train_llama
 clean:
 	rm -rf build train_llama

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""make bench: the speeds that matter, as ratios of things measured in turn in one run.
+
+    python3 dev/bench.py build/cpu/train_llama [--rounds 5]
+
+1. Row kernels against a copy of as many bytes (dev/bench_kernels.cu).
+2. A float training step of `15m` at 256 tokens against the same model in eager PyTorch (dev/bench_torch.py, if torch is there),
+   rounds interleaved, medians; and model FLOPs against the measured matmul peak.
+3. Anonymous memory of that run against what --dry-run says.
+Nothing else should run on the machine meanwhile. Exit status 0 whatever the ratios are: a table, not a test.
+"""
+import argparse, json, os, re, statistics, subprocess, sys, tempfile
+
+def run(command, **more):
+    return subprocess.run(command, capture_output=True, text=True, **more)
+
+def ours(program, data, recipe, steps=10):
+    """ms of a step (median without the first two), its share of the matmul peak in %, and the peak of anonymous memory in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [program, "--data", data, "--model", "15m", "--recipe", recipe, "--steps", str(steps), "--sample-tokens", "0",
+                   "--eval-batches", "1", "--out", folder + "/run", "--save-every", "0"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        anonymous, peak = 0, 0
+        for line in process.stdout:
+            if found := re.search(r"matmul peak (\d+) GFLOP/s", line): peak = float(found[1])
+            if found := re.search(r"([\d.]+) GFLOP a step", line): flops = float(found[1])
+            try:
+                with open(f"/proc/{process.pid}/status") as status:
+                    anonymous = max(anonymous, int(re.search(r"RssAnon:\s+(\d+)", status.read())[1]) * 1024)
+            except (OSError, TypeError): pass
+        if process.wait(): sys.exit(process.stderr.read())
+        with open(folder + "/run/log.jsonl") as log:
+            ms = [json.loads(line)["ms"] for line in log if '"ms"' in line][2:]
+    ms = statistics.median(ms)
+    return ms, 100 * flops / (ms * 1e-3) / peak, anonymous
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", default="data/stories.txt")
+    o = parser.parse_args()
+    print("row kernels, GB/s read and written")
+    kernels = os.path.join(os.path.dirname(o.program), "bench_kernels")
+    print(run([kernels]).stdout, end="")
+
+    torch = run([sys.executable, "-c", "import torch"]).returncode == 0
+    if not torch: print("PyTorch is not installed: no peer (pip install torch, or PYTHON=path/to/python make bench)")
+    mine, half, peer, share, memory = [], [], [], [], 0
+    for _ in range(o.rounds):
+        ms, percent, anonymous = ours(o.program, o.data, "float")
+        mine.append(ms), share.append(percent)
+        memory = max(memory, anonymous)
+        half.append(ours(o.program, o.data, "bf16")[0])
+        if torch:
+            result = run([sys.executable, "dev/bench_torch.py", "--steps", "8"])
+            if result.returncode: sys.exit(result.stderr)
+            peer.append(json.loads(result.stdout.splitlines()[-1])["ms"])
+    spread = lambda v: f"{statistics.median(v):.0f} ms ({min(v):.0f} to {max(v):.0f})"
+    print(f"15m, 8 x 256 tokens, a training step, median of {o.rounds} rounds (least to most)")
+    print(f"  float                 {spread(mine)}, {statistics.median(share):.0f}% of the measured float matmul peak in model FLOPs")
+    print(f"  bf16                  {spread(half)}, {statistics.median(mine) / statistics.median(half):.2f}x as fast as float")
+    if torch:
+        print(f"  eager PyTorch, float  {spread(peer)}: ours is {statistics.median(peer) / statistics.median(mine):.2f}x as fast")
+    plan = run([o.program, "--data", o.data, "--model", "15m", "--recipe", "float", "--dry-run"]).stdout
+    planned = float(re.search(r"total\s+([\d.]+) GB", plan)[1]) * 1e9
+    print(f"  anonymous memory      {memory * 1e-9:.3f} GB, --dry-run says {planned * 1e-9:.3f} GB: ratio {memory / planned:.2f}")
+
+main()
