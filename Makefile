@@ -11,6 +11,7 @@
 # ONEDNN=0             plain loops on this CPU                    ACT=float   float activations on the GPU
 # CXX=clang++          another compiler                           PYTHON=...  for tests and the PyTorch peer
 
+MAKEFLAGS += --no-builtin-rules
 CXX    ?= g++
 NVCC   ?= nvcc
 PYTHON ?= python3

@@ -208,8 +208,7 @@ inline void attention_forward_run(Ctx& ctx, act_t* out, acc_t* lse, const act_t*
             acc_t* p = score + i * keys;
             int n = q0 + i + 1;
             acc_t m = scale * g.max(n, [](acc_t v) { return v; }, (const acc_t*)p);
-            g.map(n, [=](acc_t& v) { v = exp_(v * scale - m); }, p);
-            sum[i] = g.sum(n, [](acc_t v) { return v; }, (const acc_t*)p);
+            sum[i] = g.sum(n, [=](acc_t& v) { return v = exp_(v * scale - m); }, p);
             std::fill(p + n, p + keys, acc_t(0));
             lse[((int64_t)b * s.T + q0 + i) * s.H + h] = m + log_(sum[i]);
         }

@@ -26,7 +26,7 @@ struct Options {
     std::string recipe = "bf16", recompute = "none";
     bool list_recipes = false;
     std::string data = "data/stories.txt", val, tokenizer;
-    int64_t steps = 1000;
+    int64_t steps = 1500;
     int batch = 0, seq = 0, accum = 1;
     double lr = 0, min_lr = -1;
     int64_t warmup = -1;

@@ -46,22 +46,25 @@ def main():
 
     torch = run([sys.executable, "-c", "import torch"]).returncode == 0
     if not torch: print("PyTorch is not installed: no peer (pip install torch, or PYTHON=path/to/python make bench)")
-    mine, half, peer, share, memory = [], [], [], [], 0
+    mine, half, peer, tuned, share, memory = [], [], [], [], [], 0
     for _ in range(o.rounds):
         ms, percent, anonymous = ours(o.program, o.data, "float")
         mine.append(ms), share.append(percent)
         memory = max(memory, anonymous)
         half.append(ours(o.program, o.data, "bf16")[0])
         if torch:
-            result = run([sys.executable, "dev/bench_torch.py", "--steps", "8"])
-            if result.returncode: sys.exit(result.stderr)
-            peer.append(json.loads(result.stdout.splitlines()[-1])["ms"])
+            for times, options in (peer, ["--plain-malloc"]), (tuned, []):
+                result = run([sys.executable, "dev/bench_torch.py", "--steps", "8", *options])
+                if result.returncode: sys.exit(result.stderr)
+                times.append(json.loads(result.stdout.splitlines()[-1])["ms"])
     spread = lambda v: f"{statistics.median(v):.0f} ms ({min(v):.0f} to {max(v):.0f})"
     print(f"15m, 8 x 256 tokens, a training step, median of {o.rounds} rounds (least to most)")
     print(f"  float                 {spread(mine)}, {statistics.median(share):.0f}% of the measured float matmul peak in model FLOPs")
     print(f"  bf16                  {spread(half)}, {statistics.median(mine) / statistics.median(half):.2f}x as fast as float")
     if torch:
-        print(f"  eager PyTorch, float  {spread(peer)}: ours is {statistics.median(peer) / statistics.median(mine):.2f}x as fast")
+        ratio = lambda v: f"ours is {statistics.median(v) / statistics.median(mine):.2f}x as fast"
+        print(f"  eager PyTorch, float  {spread(peer)}: {ratio(peer)}")
+        print(f"  with malloc tuned     {spread(tuned)}: {ratio(tuned)}")
     plan = run([o.program, "--data", o.data, "--model", "15m", "--recipe", "float", "--dry-run"]).stdout
     planned = float(re.search(r"total\s+([\d.]+) GB", plan)[1]) * 1e9
     print(f"  anonymous memory      {memory * 1e-9:.3f} GB, --dry-run says {planned * 1e-9:.3f} GB: ratio {memory / planned:.2f}")

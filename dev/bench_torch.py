@@ -8,10 +8,10 @@ A step is zero_grad, forward, cross entropy, backward, clipping at norm 1 and Ad
 It prints one JSON line: the median ms of a step at the best thread count, and tokens/s from it. Needs torch 2.5 or newer.
 
 The peer is meant to be as fast as a careful user gets eager PyTorch to be, since beating a slow one shows nothing: qkv and
-gate/up are fused, attention is SDPA's flash kernel with grouped queries, AdamW is the fused one, freed memory is kept. What was
-tried on 2 Sapphire Rapids cores, where a step takes 0.76 s: keeping freed memory -5 to -12%; RoPE by halves instead of roll -3%;
-foreach AdamW +4%; repeating k and v instead of enable_gqa +5%; separate gate and up, RMSNorm written out, RoPE in complex
-numbers, huge pages: no difference above the noise of 3%.
+gate/up are fused, attention is SDPA's flash kernel with grouped queries, AdamW is the fused one, freed memory is kept. Tried on
+2 Sapphire Rapids cores, where a float step takes 706 ms at best and runs differ by 3%: freed memory not kept +6 to +13%; foreach
+AdamW +0 to +6%; k and v repeated instead of enable_gqa +2 to +6%; RoPE with roll instead of halves +3%; separate gate and up, RMSNorm
+written out, RoPE in complex numbers, huge pages: no difference to be seen. (--compile, no longer eager: 639 ms.)
 """
 import argparse, ctypes, json, os, statistics, sys, time
 import torch
@@ -83,11 +83,12 @@ def main():
     p.add_argument("--threads", type=int, help="default: try 1 to the usable cores, report the best")
     p.add_argument("--bf16", action="store_true", help="autocast: bf16 matmuls and attention, float weights")
     p.add_argument("--compile", action="store_true", help="torch.compile the model (then it is no longer eager)")
+    p.add_argument("--plain-malloc", action="store_true", help="leave malloc as it comes, as most users do")
     o = p.parse_args()
     if min(*(getattr(o, name) for name in preset), o.steps, 1 if o.threads is None else o.threads) < 1: p.error("sizes must be at least 1")
     if o.dim % (2 * o.heads) or o.heads % o.kv_heads: p.error("--dim must be a multiple of 2 x --heads, --heads of --kv-heads")
 
-    keep_memory()
+    if not o.plain_malloc: keep_memory()
     torch.manual_seed(1)
     model = Llama(o)
     optimizer = make_adamw(model)
@@ -118,7 +119,7 @@ def main():
     median = {threads: statistics.median(times) for threads, times in ms.items()}
     best = min(median, key=median.get)
     print(json.dumps({
-        "peer": "torch " + torch.__version__, "type": "bf16" if o.bf16 else "float", "compile": o.compile,
+        "peer": "torch " + torch.__version__, "type": "bf16" if o.bf16 else "float", "compile": o.compile, "plain_malloc": o.plain_malloc,
         **{name: getattr(o, name) for name in preset}, "steps": o.steps, "threads": best,
         "ms": round(median[best], 2), "ms_least": round(min(ms[best]), 2),
         "tokens_per_s": round(1e3 * o.batch * o.seq / median[best], 1),

@@ -230,13 +230,12 @@ def make_data():
     stories = os.path.join(HERE, "..", "build", "stories")
     text = b""
     if os.access(stories, os.X_OK):
-        subprocess.run([os.path.abspath(stories), "stories.txt"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=TIMEOUT)
+        subprocess.run([os.path.abspath(stories), "--mb", "1", "stories.txt"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=TIMEOUT)
         if os.path.exists("stories.txt"):
-            with open("stories.txt", "rb") as f:
-                text = f.read(200000)
+            text = content("stories.txt")[:200000]
             os.remove("stories.txt")
-    if len(text) < 100000:
-        note("build/stories is not there or wrote little: training on the text of test_cli.py instead")
+    if len(text) < 200000:
+        note("build/stories is not there or wrote too little: training on the text of test_cli.py instead")
         text = plain_text(200000, seed=2).encode()
     with open("text.txt", "wb") as f:
         f.write(text)
@@ -327,7 +326,7 @@ def resume_after_kill():
                 only_whole(out)
                 options = {"--out": out, "--resume": True}
             assert kills > 1, "no kill came in time"
-            run({"--resume": out})
+            run({"--resume": out, "--save-every": 20})
             same_run(out, unbroken())
             assert len(checkpoints(out)) == 1 + round_, f"--keep {1 + round_} kept {checkpoints(out)}"
     for name, save_every in (("before the first checkpoint", 0), ("long after a checkpoint", 20)):
@@ -415,29 +414,30 @@ def resume_after_power_cut():
     crash_at = crash_library()
     if not crash_at:
         return note("no C compiler: power cuts are not tried")
-    base = {**SMALL, "--steps": 12, "--eval-every": 0, "--eval-batches": 1, "--save-every": 1, "--keep": 1}
+    base = {**SMALL, "--steps": 80, "--eval-every": 0, "--eval-batches": 1, "--keep": 1}
     begin = time.monotonic()
-    run({**base, "--out": "calm"})
+    run({**base, "--save-every": 0, "--out": "calm"})
     stride = 1 + int(2 * (time.monotonic() - begin))                       # a slow build (sanitizers) tries fewer moments
     with case("power cut while the folder is made: the same command or --resume goes on"):
-        for at in range(1, 8):
+        for at in range(1, 7):
             out = f"cut_start{at}"
-            assert run({**base, "--out": out}, status=None, env=crash_at(at)).status == -signal.SIGKILL
+            options = {**base, "--save-every": 0, "--out": out}
+            assert run(options, status=None, env=crash_at(at)).status == -signal.SIGKILL
             again = run({"--resume": out}, status=None)
             if again.status != 0:
-                again = run({**base, "--out": out}, status=None)
+                again = run(options, status=None)
             assert again.status == 0, f"at moment {at}: {again.err}"
             same_run(out, "calm")
     with case("power cut at every moment of a checkpoint"):
-        at, cuts, out, options = 10, 0, "cut", {**base, "--out": "cut"}
-        while True:
+        # The first save takes some 15 moments, the second also deletes the first: 60 moments are a whole cycle and a half.
+        out, options, cuts = "cut", {**base, "--save-every": 1, "--out": "cut"}, 0
+        for at in range(6, 60, stride):
             ended = run(options, status=None, env=crash_at(at))
-            if ended.status == 0:
-                break
             assert ended.status == -signal.SIGKILL, f"after {cuts} cuts, before moment {at}: exit status {ended.status}: {ended.err}"
             only_whole(out)
-            cuts, at, options = cuts + 1, at + stride, {"--resume": out}
-        assert cuts * stride > 40, f"only {cuts} cuts"
+            cuts, options = cuts + 1, {"--resume": out}
+        assert len(step_rows(out)) > 2, "it never came to the second checkpoint"
+        run({"--resume": out, "--save-every": 0})
         same_run(out, "calm")
 
 
@@ -579,8 +579,9 @@ def damage():
             ways[f"{where} byte flipped"] = whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:]
         with case(f"damaged {file}: " + ", ".join(ways)):
             for way, data in ways.items():
-                os.remove(path)
-                if data is not None:
+                if data is None:
+                    os.remove(path)
+                else:
                     with open(path, "wb") as f:
                         f.write(data)
                 with untouched(out):
@@ -641,31 +642,29 @@ def near(a, b, tolerance):
 
 
 def accumulation():
-    """--batch 8 and --accum 8 of --batch 1 see the same sequences and add up the same gradient, in another order.
-    The tolerance: a mean over 256 tokens of losses near 5.5, each with an error of some 2^-24 of its size; 2e-6 is 34 times that.
-    Operands in bf16 (2^-9) round differently once a sum does: an average over 256 tokens of at most 2^-9, a sixteenth of it."""
+    """--batch 8 and --accum 8 of --batch 1 see the same sequences and add up the same gradient, in another order. A mean over 256
+    tokens then differs by a unit or two in its last place (float: 1.2e-7 of it; seen: 1.9e-7), so 2e-6 is ten times what may be.
+    Operands in bf16 (units of 4e-3) round the other way where a sum of gradients lies near a tie: in one of 2^16 elements, for
+    differences of 2^-24; an average over thousands of elements keeps less than 2e-5 of it, the norm of few large ones 1e-3."""
     recipe = accepted_recipes()[0]
-    loss_tolerance, norm_tolerance = (2e-6, 2e-5) if recipe == "float" else (1.3e-4, 1e-2)
-    base = {**MICRO, "--recipe": recipe, "--steps": 8, "--decay": 0, "--eval-batches": 1}
+    loss_tolerance, norm_tolerance = (2e-6, 2e-6) if recipe == "float" else (2e-5, 1e-3)
+    base = {**MICRO, "--recipe": recipe, "--steps": 8, "--decay": 0, "--eval-batches": 1, "--warmup": 0, "--schedule": "constant"}
     ways = {"one": {"--batch": 8, "--accum": 1}, "two": {"--batch": 4, "--accum": 2}, "eight": {"--batch": 1, "--accum": 8}}
-    # A learning rate that no weight notices: each step's loss then tells which sequences it saw.
+    # With a learning rate that no weight notices, a step's loss tells which sequences it saw; then with one that trains.
     for lr, name in ((1e-12, "still"), (1e-3, "moving")):
         for way, options in ways.items():
-            run({**base, **options, "--lr": lr, "--warmup": 0, "--schedule": "constant", "--out": f"{name}_{way}"})
+            run({**base, **options, "--lr": lr, "--out": f"{name}_{way}"})
         one = step_rows(f"{name}_one")
         for way in ("two", "eight"):
             with case(f"accumulation: {way} micro-batches, weights {name}"):
-                # Moving weights: Adam's first updates are near lr whatever the gradient's size, so that an element whose gradient
-                # is all rounding error may move by lr either way; over 8 steps of 1e-3 a few such elements cost 100 times more.
-                factor = 1 if name == "still" else 100
                 rows = step_rows(f"{name}_{way}")
+                assert len(rows) == len(one) == 8, f"{len(rows)} and {len(one)} steps"
                 for a, b in zip(one, rows):
-                    assert near(b["loss"], a["loss"], factor * loss_tolerance), f"step {a['step']}: loss {b['loss']}, unsplit {a['loss']}"
-                    assert near(b["grad_norm"], a["grad_norm"], factor * norm_tolerance), f"step {a['step']}: norm {b['grad_norm']}, unsplit {a['grad_norm']}"
-                assert len(rows) == len(one) == 8
+                    assert near(b["loss"], a["loss"], loss_tolerance), f"step {a['step']}: loss {b['loss']}, unsplit {a['loss']}"
+                    assert near(b["grad_norm"], a["grad_norm"], norm_tolerance), f"step {a['step']}: norm {b['grad_norm']}, unsplit {a['grad_norm']}"
         with case(f"accumulation, weights {name}: other sequences would be seen"):
-            smallest = min(abs(float(a["loss"]) / float(b["loss"]) - 1) for i, a in enumerate(one) for b in one[:i])
-            assert smallest > 2 * loss_tolerance, f"two steps' losses are within {smallest:.1e}"
+            losses = [float(a["loss"]) for a in one]
+            assert max(losses) - min(losses) > 100 * loss_tolerance * max(losses), f"losses of eight batches: {losses}"
 
 
 REFERENCE_RUN = {"--model": "tiny", "--layers": 2, "--dim": 64, "--heads": 2, "--kv-heads": 1, "--ffn": 128, "--data": "reference.txt",
@@ -674,26 +673,23 @@ REFERENCE_RUN = {"--model": "tiny", "--layers": 2, "--dim": 64, "--heads": 2, "-
 
 
 def reference():
-    """The reference build's losses are a committed text; PROGRAM's are near. Their difference is one of rounding, so a tolerance
-    is measured, not guessed: how far the same rounding errors carry the reference itself when only its order of addition changes
-    (--accum 4 of one sequence). PROGRAM may differ by 8 times the largest such distance so far, plus 2e-6 (see accumulation)."""
+    """The reference build's losses are a committed text. PROGRAM adds in another order (oneDNN, cuBLAS), no more: reordering the
+    reference's own sums (--accum 4 of one sequence) moves none of these losses by more than 1.2e-7 of it, a unit in the last
+    place of a float. 2e-6 allows sixteen of them: operands rounded to bf16, or one lost token of 128, move a loss by 1e-4."""
     expected = [line for line in open(REFERENCE_LOSSES).read().splitlines() if not line.startswith("#")]
+    losses_of = lambda options, binary=None: [loss for _, loss in printed_losses(run(options, binary=binary).out)]
     with case("reference build: the committed losses, digit for digit"):
-        losses = [loss for _, loss in printed_losses(run(REFERENCE_RUN, binary=REFERENCE).out)]
+        losses = losses_of(REFERENCE_RUN, REFERENCE)
         for i, (a, b) in enumerate(zip(losses, expected)):
             assert a == b, f"step {i + 1}: {a}, committed {b}"
         assert len(losses) == len(expected) == 20, f"{len(losses)} losses, {len(expected)} committed"
     if "float" not in accepted_recipes():
         return note("this build has bf16 activations: it is not compared with the reference's float losses")
-    with case("this build's float losses are near the reference's"):
-        split = {**REFERENCE_RUN, "--batch": 1, "--accum": 4}
-        others = [loss for _, loss in printed_losses(run(split, binary=REFERENCE).out)]
-        losses = [loss for _, loss in printed_losses(run(REFERENCE_RUN).out)]
-        spread = 0
-        for i, (mine, exact, other) in enumerate(zip(losses, expected, others)):
-            spread = max(spread, abs(float(other) / float(exact) - 1))
-            assert near(mine, exact, 8 * spread + 2e-6), f"step {i + 1}: {mine}, reference {exact}, spread {spread:.1e}"
-        assert len(losses) == 20 and spread < 1e-3, f"{len(losses)} losses; reordering carries the reference by {spread:.1e}"
+    with case("this build's float losses are the reference's within rounding, its bf16 losses are not"):
+        for recipe, tolerance in (("float", 2e-6), ("bf16", 1e-2)):
+            for i, (a, b) in enumerate(zip(losses_of({**REFERENCE_RUN, "--recipe": recipe}), expected)):
+                assert near(a, b, tolerance), f"{recipe}, step {i + 1}: {a}, reference {b}"
+        assert not all(near(a, b, 2e-6) for a, b in zip(losses_of({**REFERENCE_RUN, "--recipe": "bf16"}), expected)), "bf16 is float"
 
 
 def write_reference():
@@ -863,7 +859,7 @@ def refuse_config():
         refuse(f"a config.json {name}", {**options, "--out": "never"}, "c.json")
     write(good)
     for name in ("--dim", "--layers", "--vocab", "--ffn", "--heads", "--kv-heads"):
-        refuse(f"--model config.json with {name}", {**options, name: 64}, f"{name} contradicts --model")
+        refuse(f"--model config.json with {name}", {**options, name: 256}, f"{name} contradicts --model")
     refuse("--seq beyond config.json's positions", {**options, "--seq": 129}, "128 positions")
     refuse("--eval-only of a config.json without weights", {**options, "--eval-only": True}, "weights|model.safetensors")
     # A folder with weights: everything is checked before --out is made.
@@ -1057,20 +1053,21 @@ def evaluation():
 # 8. Learning
 
 def learning():
-    """A model that only counts characters reaches the text's unigram entropy; one that reads what precedes goes below."""
+    """A model that only counts characters reaches the text's unigram entropy; one that reads what precedes goes below. (One layer
+    of width 192: over 3 seeds and 2 recipes it ended 0.57 to 0.71 nats below on stories. Width 64 may still sit on that plateau.)"""
     text = content("text.txt")
-    counts = collections.Counter(text)
-    entropy = -sum(n / len(text) * math.log(n / len(text)) for n in counts.values())
+    entropy = -sum(n / len(text) * math.log(n / len(text)) for n in collections.Counter(text).values())
     for recipe in accepted_recipes():
         with case(f"learning, {recipe}: after 150 steps well below the text's unigram entropy"):
             out = f"learn_{recipe}"
-            run({**MICRO, "--recipe": recipe, "--batch": 8, "--seq": 64, "--steps": 150, "--lr": 0.005, "--out": out})
+            run({**MICRO, "--recipe": recipe, "--layers": 1, "--dim": 192, "--heads": 3, "--ffn": 256, "--batch": 8, "--seq": 64,
+                 "--steps": 150, "--warmup": 10, "--lr": 0.003, "--out": out})
             losses = [float(row["loss"]) for row in step_rows(out)]
-            val = [float(row["val_loss"]) for row in log_rows(out) if "val_loss" in row][-1]
+            held_out = [float(row["val_loss"]) for row in log_rows(out) if "val_loss" in row][-1]
             last = sum(losses[-10:]) / 10
             assert abs(losses[0] - math.log(256)) < 0.2, f"the first loss is {losses[0]}, a model that knows nothing has {math.log(256):.3f}"
-            assert last < entropy - 0.3 and val < entropy - 0.3, f"loss {last:.3f}, held out {val:.3f}, unigram entropy {entropy:.3f}"
-            assert last > 0.3, f"a loss of {last:.3f} after 150 steps is too good to be true"
+            assert last < entropy - 0.3 and held_out < entropy - 0.3, f"loss {last:.3f}, held out {held_out:.3f}, unigram entropy {entropy:.3f}"
+            assert last > 0.5, f"a loss of {last:.3f} after 150 steps is too good to be true"
 
 
 GROUPS = (bitwise, resume_after_kill, resume_after_power_cut, resume_after_signal, resume_forms, resume_conflicts, damage, keep, accumulation,
@@ -1088,6 +1085,8 @@ if __name__ == "__main__":
     unknown = set(given.groups) - {g.__name__ for g in GROUPS}
     if unknown:
         parser.error(f"no group {' '.join(sorted(unknown))}")
+    # Idle threads sleep instead of spinning: where other programs share the cores, a spinning step of 1 ms takes 100.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory(prefix="test_cli_") as folder:
         os.chdir(folder)
         make_data()

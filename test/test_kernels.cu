@@ -46,8 +46,9 @@ struct Verdict {
         if (tol > 0 && near(got, want, tol)) worst = std::max(worst, std::fabs(got - want) / tol);
         note(got == want || near(got, want, tol), "%s[%ld] is %.9g, not %.9g +- %.2g", what, (long)i, got, want, tol);
     }
+    double start = seconds();
     void print() {
-        if (verbose) printf("   %s: %ld comparisons, up to %.2g of the tolerance\n", name, (long)compared, worst);
+        if (verbose) printf("   %s: %ld comparisons, up to %.2g of the tolerance, %.2f s\n", name, (long)compared, worst, seconds() - start);
         check(failed == 0 && compared > 0, name, "%ld of %ld; %s", (long)failed, (long)compared, first.c_str());
     }
 };
@@ -104,8 +105,6 @@ struct Rng {
 
 static double value(float v) { return v; }
 static double value(bf16 v) { return load(&v); }
-static double value(int v) { return v; }
-static double value(uint8_t v) { return v; }
 static void assign(float* p, double v) { *p = (float)v; }
 static void assign(bf16* p, double v) { store(p, (float)v); }
 static void assign(int* p, double v) { *p = (int)v; }
@@ -119,7 +118,7 @@ template <class T> struct Buffer {
     std::vector<T> host;                      // the n elements as last sent or fetched
 
     Buffer(Run& r, int64_t count) : run(r), n(count), base((T*)device_alloc((n + 2 * guard) * sizeof(T), "a test")), p(base + guard), host(n) {
-        memset((void*)host.data(), 0xff, n * sizeof(T));
+        if (n) memset((void*)host.data(), 0xff, n * sizeof(T));
         std::vector<uint8_t> all((n + 2 * guard) * sizeof(T), 0xff);
         to_device(r.ctx, base, all.data(), all.size());
     }
@@ -132,10 +131,9 @@ template <class T> struct Buffer {
         guards();
         device_free(base, (n + 2 * guard) * sizeof(T));
     }
-    void send() { to_device(run.ctx, p, host.data(), n * sizeof(T)); }
+    void send() { if (n) to_device(run.ctx, p, host.data(), n * sizeof(T)); }
     Buffer& fetch() {
-        to_host(run.ctx, host.data(), p, n * sizeof(T));
-        run.bits.update(host.data(), n * sizeof(T));
+        if (n) to_host(run.ctx, host.data(), p, n * sizeof(T)), run.bits.update(host.data(), n * sizeof(T));
         return *this;
     }
     void guards() {
@@ -162,6 +160,7 @@ static float as_bf16(double v) {
 
 constexpr int widths[] = {1, 7, 16, 48, 64, 100, 513};
 constexpr int row_counts[] = {1, 31, 33, 300};
+struct Shape { int64_t m, n, k; };
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Scalars: bits, conversions, math. Kernels that apply one function to an array; each result is also compared with a call on the
@@ -573,7 +572,7 @@ template <class A, class C> static void test_product(Run& r, int64_t m, int64_t 
 }
 
 template <class A, class C> static void test_products(Run& r) {
-    const int64_t shapes[][3] = {{1, 1, 1}, {1, 7, 33}, {3, 5, 7}, {17, 33, 16}, {64, 48, 100}, {255, 96, 31}, {256, 1024, 8}, {257, 1025, 17}, {511, 64, 65},
+    const Shape shapes[] = {{1, 1, 1}, {1, 7, 33}, {3, 5, 7}, {17, 33, 16}, {64, 48, 100}, {255, 96, 31}, {256, 1024, 8}, {257, 1025, 17}, {511, 64, 65},
                                  {513, 1023, 3}, {33, 2049, 16}, {5, 16, 2049}, {600, 1, 5}};
     for (auto [m, n, k] : shapes)
         for (int combination = 0; combination < 8; combination++)
@@ -583,7 +582,7 @@ template <class A, class C> static void test_products(Run& r) {
 #ifndef __CUDACC__
 // The plain loops promise more: a chain of fused multiply-adds over ascending k from 0, then one addition. To the bit.
 template <class T> static void test_plain_loops(Run& r) {
-    const int64_t shapes[][3] = {{1, 1, 1}, {3, 15, 7}, {4, 16, 33}, {5, 17, 100}, {9, 40, 513}};
+    const Shape shapes[] = {{1, 1, 1}, {3, 15, 7}, {4, 16, 33}, {5, 17, 100}, {9, 40, 513}};
     for (auto [m, n, k] : shapes)
         for (int combination = 0; combination < 8; combination++) {
             bool ta = combination & 1, tb = combination & 2, add = combination & 4;
@@ -648,7 +647,7 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
                         double t = std::exp(score[j] - log_sum) * x[val(j) + d];
                         v += t, size += std::fabs(t);
                     }
-                    r.verdict.close(o[o_at + d], v, (2 * e + sum_u + act_u) * size + act_u * std::fabs(v), "out", o_at + d);
+                    r.verdict.close(o[o_at + d], v, (2 * e + sum_u + act_u) * size + act_u * std::fabs(v) + 1e-36, "out", o_at + d);
                 }
                 double dl = 0, dl_size = 0;
                 for (int d = 0; d < D; d++) dl += g[o_at + d] * o[o_at + d], dl_size += std::fabs(g[o_at + d] * o[o_at + d]);
@@ -663,7 +662,7 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
                     }
                 }
             }
-    for (int64_t i = 0; i < N * Q; i++) r.verdict.close(dqkv[i], want[i], tol[i] + act_u * std::fabs(want[i]), "dqkv", i);
+    for (int64_t i = 0; i < N * Q; i++) r.verdict.close(dqkv[i], want[i], tol[i] + act_u * std::fabs(want[i]) + 1e-36, "dqkv", i);
 }
 
 static void test_attention(Run& r) {
@@ -716,7 +715,7 @@ template <class S> static void test_prepare_source(Run& r, Operand cell, int64_t
     }
 }
 static void test_prepare(Run& r) {
-    const int64_t shapes[][2] = {{1, 1}, {7, 13}, {33, 64}, {300, 100}};
+    const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {7, 13}, {33, 64}, {300, 100}};
     for (auto [rows, cols] : shapes)
         for (Operand cell : {f32, b16}) {
             test_prepare_source<acc_t>(r, cell, rows, cols);
@@ -769,7 +768,7 @@ template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, i
     compare(dw, before.data(), u, out_, in, rows, wd.data(), 1, out_, wx.data(), 1, in, recipe.wgrad_d, "dW");
 }
 static void test_linear(Run& r) {
-    const int64_t shapes[][3] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {257, 100, 16}, {40, 64, 1025}, {300, 24, 40}};
+    const Shape shapes[] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {257, 100, 16}, {40, 64, 1025}, {300, 24, 40}};
     for (const Recipe& recipe : recipes)
         for (auto [rows, in, out_] : shapes) {
             test_linear_shape<act_t>(r, recipe, rows, in, out_);
@@ -1064,21 +1063,22 @@ static void test_cross_entropy(Run& r) {
 // What the guard in train_step needs: nothing that is not finite stays hidden from the loss, wherever in the row it is.
 static void test_cross_entropy_nan(Run& r) {
     for (int V : {17, 300})
-        for (float bad : {(float)NAN, -(float)NAN, infinity})
-            for (int at = 0; at < V; at += 4)
-                for (int target : {at, (at + 1) % V}) {
-                    r.at("V %d, %g at %d, target %d", V, bad, at, target);
-                    Rng rng{(uint64_t)V};
-                    Buffer<acc_t> logits(r, V, [&](int64_t i) { return i == at ? bad : rng(2); }), row_loss(r, 1), again(r, 1);
-                    Buffer<int> targets(r, 1, [&](int64_t) { return target; });
-                    softmax_cross_entropy(r.ctx, row_loss.p, logits.p, targets.p, 1, V, 0);
-                    softmax_cross_entropy(r.ctx, again.p, logits.p, targets.p, 1, V, 1);
-                    row_loss.fetch(), again.fetch(), logits.fetch();
-                    r.verdict.note(!is_finite(row_loss.host[0]) && !is_finite(again.host[0]), "the loss is %g", row_loss[0]);
-                    int finite = 0;
-                    for (int i = 0; i < V; i++) finite += is_finite(logits.host[i]);
-                    r.verdict.note(finite < V, "the gradient is finite");
-                }
+        for (float bad : {(float)NAN, -(float)NAN, infinity}) {
+            r.at("V %d, %g", V, bad);
+            int64_t N = 2 * V;                                                // row 2 k has it at k, its target; row 2 k + 1 beside its target
+            Rng rng{(uint64_t)V};
+            Buffer<acc_t> logits(r, N * V, [&](int64_t i) { return i % V == i / V / 2 ? bad : rng(2); }), row_loss(r, N), again(r, N);
+            Buffer<int> targets(r, N, [&](int64_t i) { return (i / 2 + i % 2) % V; });
+            softmax_cross_entropy(r.ctx, row_loss.p, logits.p, targets.p, N, V, 0);
+            softmax_cross_entropy(r.ctx, again.p, logits.p, targets.p, N, V, 1);
+            row_loss.fetch(), again.fetch(), logits.fetch();
+            for (int64_t i = 0; i < N; i++) {
+                r.verdict.note(!is_finite(row_loss.host[i]) && !is_finite(again.host[i]), "the loss of row %ld is %g", (long)i, row_loss[i]);
+                int finite = 0;
+                for (int j = 0; j < V; j++) finite += is_finite(logits.host[i * V + j]);
+                r.verdict.note(finite < V, "the gradient of row %ld is finite", (long)i);
+            }
+        }
     r.at("-infinity");                                                        // a masked class: nothing is lost, unless it is the target
     Buffer<acc_t> logits(r, 4, [](int64_t i) { return i == 2 ? -INFINITY : 0; }), row_loss(r, 1);
     Buffer<int> targets(r, 1, [](int64_t) { return 0; });
@@ -1120,6 +1120,7 @@ static void test_adamw(Run& r) {
             for (double& s : moved) s = 1;
             for (int t = 1; t <= 5; t++) {
                 Buffer<acc_t> g(r, n, [&](int64_t i) { return i % 10 == 3 ? rng(1e-8) : i % 11 == 4 ? 0 : rng(1); });
+                std::vector<double> drawn = g.values();
                 double c1 = 1 - std::pow(0.9, t), c2 = 1 - std::pow(0.95, t);
                 adamw_step(r.ctx, w.p, m.p, v.p, g.p, n, {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(eps), (acc_t)decay, (acc_t)clip, (acc_t)c1, (acc_t)c2});
                 w.fetch(), m.fetch(), v.fetch(), g.fetch();
@@ -1130,7 +1131,7 @@ static void test_adamw(Run& r) {
                     double down = std::sqrt(V[i] / c2) + eps;
                     W[i] = W[i] * (1 - lr * decay) - lr * M[i] / c1 / down;
                     moved[i] += lr * m_size[i] / c1 / down;
-                    r.verdict.close(g[i], grad / clip, 0, "gradient", i);
+                    r.verdict.close(g[i], drawn[i], 0, "gradient", i);
                     r.verdict.close(m[i], M[i], 40 * u * m_size[i] + 1e-44, "m", i);
                     r.verdict.close(v[i], V[i], 40 * u * V[i] + 1e-44, "v", i);
                     r.verdict.close(w[i], W[i], 5 * u + 40 * u * (moved[i] - 1), "w", i);
@@ -1207,9 +1208,11 @@ static void test_model_nan(Run& r) {
     r.verdict.note(sum > 0 && is_finite(sum), "the loss of good weights is %g", sum);
     for (const Tensor& t : m.tensors)
         for (float bad : {(float)NAN, infinity, -infinity}) {
+            if (!r.compare) continue;                                         // the passes are many, and small: threads have nothing to do
             std::vector<acc_t> params = good;
             params[t.offset] = bad;
-            r.verdict.note(!is_finite(loss(params)), "%g in %s leaves a loss of %g", bad, t.name.c_str(), loss(params));
+            acc_t seen = loss(params);
+            r.verdict.note(!is_finite(seen), "%g in %s leaves a loss of %g", bad, t.name.c_str(), seen);
         }
     device_free(m.params, m.plan.parameters), device_free(m.acts[0].x, m.plan.activations), device_free(m.y, m.plan.scratch + m.plan.tables);
 }
@@ -1228,7 +1231,7 @@ int main(int argc, char** argv) {
     test("Group and for_rows", test_group);
     test("matmul", [](Run& r) {
         test_products<acc_t, acc_t>(r);
-        if constexpr (on_gpu) test_products<bf16, float>(r), test_products<bf16, bf16>(r);
+        if (on_gpu) test_products<bf16, float>(r), test_products<bf16, bf16>(r);
         else if (MatmulPlans::bf16_units()) test_products<bf16, float>(r);
     });
 #ifndef __CUDACC__

@@ -24,6 +24,7 @@ Files in each:
         loss      [1]  F32      mean cross entropy in nats, transformers float32;    loss64    [1]  F64  the same, double
         losses    [10] F32      loss before each of ten AdamW steps on this batch;   losses64  [10] F64
         norms     [10] F32      gradient norm of each step, before clipping;         norms64   [10] F64
+    Made again elsewhere, only what comes from transformers' float32 should move (not tried: one CPU kind so far).
     An AdamW step: lr 1e-3, betas 0.9 and 0.95, eps 1e-8, decay 0.1 on 2-D weights (the embedding too), after scaling all
     gradients by min(1, 1 / (norm + 1e-6)), which is torch.nn.utils.clip_grad_norm_(params, 1.0).
 """
@@ -186,7 +187,9 @@ def make(name, out):
         print(f"  {key:6} {double[0]:.6f} .. {double[-1]:.6f}, float32 off by at most {off:.1e}")
     for kind, (relative, absolute, key) in worst.items():
         print(f"  {kind:6} largest error {absolute:.1e} = {relative:.1e} of the largest element, in {key}")
-    for f in sorted(os.listdir(out)): print(f"  {os.path.getsize(f'{out}/{f}'):7} {name}/{f}")
+    for f in sorted(os.listdir(out)):
+        os.chmod(f"{out}/{f}", 0o644)             # safetensors makes its files private
+        print(f"  {os.path.getsize(f'{out}/{f}'):7} {name}/{f}")
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="make the golden files", allow_abbrev=False)

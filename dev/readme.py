@@ -1,0 +1,14 @@
+#!/usr/bin/env python3
+"""Puts the program's own words into README.md: --help between its markers, --list-recipes into its block.
+
+    python3 dev/readme.py build/cpu/train_llama          rewrites README.md
+"""
+import re, subprocess, sys
+
+def says(option):
+    return subprocess.run([sys.argv[1], option], capture_output=True, text=True, check=True).stdout.rstrip("\n")
+
+with open("README.md") as f: text = f.read()
+text = re.sub(r"(<!-- (help|recipes) -->\n```\n).*?(\n```\n<!-- /\2 -->)",
+              lambda m: m[1] + says("--help" if m[2] == "help" else "--list-recipes") + m[3], text, flags=re.S)
+with open("README.md", "w") as f: f.write(text)
