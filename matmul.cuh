@@ -7,7 +7,7 @@
 //     dgrad  dX (l x m) = D  (l x n) W   (n x m)        matmul(ctx, name, dX, D,             W,              l, m, n, 0)
 //     wgrad  dW (n x m) += D^T (n x l) X (l x m)        matmul(ctx, name, dW, D.transposed(), X,             n, m, l, 1)
 //
-// CPU. The result is cut into tiles of 256 x 1024, each computed by one thread by a single-threaded library call: no thread
+// CPU. The result is cut into tiles of 256 x 512, each computed by one thread by a single-threaded library call: no thread
 // count can change the order of an addition, hence not a bit. oneDNN multiplies bf16 operands into float on the CPU's own bf16
 // units (AVX512-BF16, AMX); without such units bf16-valued operands are stored as float and multiplied as float.
 // GPU. cuBLASLt; a plan is the heuristic's first answer, cached by shape, so that two runs use the same kernels.
@@ -223,9 +223,9 @@ struct MatmulPlans {
     }
 };
 
-// Measured on `15m`: 256 x 1024 is within 5% of the library's own threading on every GEMM. Where A is read transposed (wgrad) its
+// Measured on `15m`: 256 x 512 is within 5% of the library's own threading on every GEMM. Where A is read transposed (wgrad) its
 // rows lie far apart, and 512 of them at a time, added in order, stay in cache: up to 1.4x.
-constexpr int64_t tile_rows = 256, tile_cols = 1024, tile_depth = 512;
+constexpr int64_t tile_rows = 256, tile_cols = 512, tile_depth = 512;
 
 inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
     auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;

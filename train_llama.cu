@@ -738,8 +738,21 @@ static bool train(Run& run, FILE* log) {
     return !stop_requested;
 }
 
-#ifndef TESTING
+#ifndef __CUDACC__
+// libgomp's waiting threads spin for milliseconds before they sleep. Alone on the machine that is free; beside another busy process
+// the spinner holds the core that its own peer is waiting for, and a step takes 10 times as long. Some microseconds of spinning
+// keep the speed without that (dev/LOG.md). The library reads its environment before main, hence the second start.
+static void calm_openmp(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "2000", 1);
+    execv("/proc/self/exe", argv);                                              // if it fails we go on as we are
+}
+#else
+static void calm_openmp(char**) {}
+#endif
+
 int main(int argc, char** argv) {
+    calm_openmp(argv);
     Run run;
     Options& o = run.o;
     Ctx& ctx = run.ctx;
@@ -836,4 +849,3 @@ int main(int argc, char** argv) {
     if (log && fclose(log) != 0) fail("cannot write log.jsonl: %s", strerror(errno));
     return 0;
 }
-#endif

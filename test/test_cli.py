@@ -30,6 +30,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -55,8 +56,7 @@ Ended = collections.namedtuple("Ended", "status out err")
 def run(options, status=0, binary=None, cwd=None, file_limit=None, env=None):
     """Runs the program to its end; `options`: a dict, or a list of words. status 0: it succeeds and says nothing on stderr.
     status 2: it refuses by exactly one line, fit for a terminal. None: the caller looks himself."""
-    def limit():                     # a disk that is full after so many bytes of one file: write() fails instead of killing
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    def limit():                     # as good as a full disk: no file may grow beyond so many bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     p = subprocess.run([binary or PROGRAM] + (options if isinstance(options, list) else words(options)), stdin=subprocess.DEVNULL,
                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT, cwd=cwd, env={**os.environ, **(env or {})},
@@ -79,9 +79,9 @@ def refusal(err):
     assert len(err) > 30, f"a message that says little: {err!r}"
 
 
-def start(options, steps):
+def start(options, steps, full=False):
     """Starts the program and returns it once it has printed `steps` lines that begin with `step`. Its stdout pipe is 4 KiB and
-    nobody reads on, so it is at most 45 steps ahead by now, whatever the machine."""
+    nobody reads on, so it is at most 45 steps ahead by now, whatever the machine. full: it has filled that pipe and waits."""
     p = subprocess.Popen([PROGRAM] + words(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     fcntl.fcntl(p.stdout, 1031, 4096)                                     # F_SETPIPE_SZ
     p.seen = b""
@@ -90,6 +90,12 @@ def start(options, steps):
         assert line, f"it ended early: {p.stderr.read().decode()}"
         p.seen += line
         steps -= line.startswith(b"step ")
+    waiting, before, deadline = 0, 0, time.monotonic() + TIMEOUT
+    while full and waiting < 20:
+        assert p.poll() is None and time.monotonic() < deadline, "it did not fill its pipe"
+        time.sleep(0.01)
+        now, = struct.unpack("i", fcntl.ioctl(p.stdout, termios.FIONREAD, b"    "))
+        waiting, before = waiting + 1 if now == before > 4096 - 200 else 0, now
     return p
 
 
@@ -443,10 +449,10 @@ def resume_after_power_cut():
 
 def resume_after_signal():
     """Ctrl-C and SIGTERM finish the step, save, and exit with 0."""
-    for name in ("SIGINT", "SIGTERM"):
-        with case(f"{name} saves, exits with 0, and the run goes on"):
-            out = name.lower()
-            p = start({**WHOLE, "--save-every": 0, "--out": out}, 3)
+    for name, full in (("SIGINT", False), ("SIGTERM", False), ("SIGINT", True)):
+        with case(f"{name} saves, exits with 0, and the run goes on" + (", though it came while nobody read stdout" if full else "")):
+            out = name.lower() + "_full" * full
+            p = start({**WHOLE, "--save-every": 0, "--out": out}, 3, full)
             p.send_signal(getattr(signal, name))
             ended = finish(p)
             assert ended.status == 0 and ended.err == "", f"status {ended.status}: {ended.err}"
@@ -455,9 +461,9 @@ def resume_after_signal():
             assert checkpoints(out) == [f"step_{int(stopped[1]):08}"], checkpoints(out)
             rows = [(row["step"], row["loss"]) for row in step_rows(out)]
             assert len(rows) == int(stopped[1]), f"{len(rows)} steps in the log, stopped after {stopped[1]}"
-            assert printed_losses(ended.out) == rows, "stdout lost a line: " + str(set(rows) ^ set(printed_losses(ended.out)))
             run({"--resume": out})
             same_run(out, unbroken())
+            assert printed_losses(ended.out) == rows, "stdout lost a line: " + str(set(rows) ^ set(printed_losses(ended.out)))
     with case("SIGINT without --out exits with 0 and says that nothing was saved"):
         before = sorted(os.listdir("."))
         p = start(WHOLE | {"--save-every": None, "--keep": None}, 3)
@@ -512,6 +518,14 @@ def resume_forms():
         os.rename(half_done("moving"), "moved")
         run({"--resume": "moved"})
         same_run("moved", unbroken())
+    with case("a folder that is called like the preset is not taken for a model"):
+        os.makedirs("namesake")
+        shutil.copy("text.txt", "namesake")
+        options = {**SMALL, "--steps": 4, "--eval-batches": 1, "--save-every": 2, "--out": "tiny"}
+        run(options, cwd="namesake")
+        shutil.rmtree("namesake/tiny/step_00000004")
+        run({**options, "--resume": True}, cwd="namesake")
+        assert checkpoints("namesake/tiny") == ["step_00000002", "step_00000004"], checkpoints("namesake/tiny")
     # What the command line leaves to the preset, to a config.json or to weights has to come back as well.
     preset = {"--model": "tiny", "--data": "text.txt", "--batch": 1, "--seq": 16, "--steps": 50, "--eval-batches": 1, "--eval-every": 0,
               "--sample-tokens": 0, "--save-every": 0}
@@ -937,6 +951,14 @@ def guard():
         before = log_rows("wild")
         run({"--resume": names[5]}, status=2)
         assert log_rows("wild") == before, f"it ended after step {log_rows('wild')[-1]['step']}, unbroken after {before[-1]['step']}"
+    with case("guard: weights that hold a NaN end the run at once, and its log is JSON all the same"):
+        shutil.copytree(unbroken() + "/step_00000080", "nan")
+        with open("nan/model.safetensors", "r+b") as f:
+            f.seek(-4, 2), f.write(struct.pack("<f", math.nan))               # the last weight of the last norm
+        run({"--model": "nan", "--data": "text.txt", "--batch": 4, "--seq": 32, "--steps": 40, "--eval-every": 2, "--eval-batches": 1,
+             "--out": "nan_run"}, status=2)
+        if os.path.exists("nan_run/log.jsonl"):                             # a build may also refuse such weights
+            assert len(step_rows("nan_run")) == 10, f"{len(step_rows('nan_run'))} steps"
     with case("guard: one line when not even one checkpoint exists"):
         err = run({**wild, "--out": None, "--save-every": None, "--keep": None}, status=2).err
         assert "not finite" in err and "last checkpoint" not in err, err
