@@ -110,7 +110,7 @@ HD float exp_(float x) {
 }
 HD double exp_(double x) { return exp(x); }
 
-// ln x for normal positive x.
+// ln x for normal positive x; infinity and NaN stay what they are, a negative x is NaN, zero and subnormals are -infinity.
 HD float log_(float x) {
     uint32_t u = bits_of(x);
     int32_t e = (int32_t)(u - 0x3f3504f3u) >> 23;                // x = m 2^e with m in [sqrt(1/2), sqrt(2))
@@ -119,7 +119,10 @@ HD float log_(float x) {
     float q = fmaf(0.23582155f, z, 0.2853731f);
     q = fmaf(q, z, 0.40000334f);
     q = fmaf(q, z, 0.6666666f);
-    return fmaf((float)e, 0.693145752f, fmaf((float)e, 1.42860677e-6f, fmaf(q * z, s, 2.f * s)));
+    float y = fmaf((float)e, 0.693145752f, fmaf((float)e, 1.42860677e-6f, fmaf(q * z, s, 2.f * s)));
+    y = u < 0x00800000u ? -float_of(0x7f800000u) : y;
+    y = u >= 0x7f800000u ? x : y;
+    return u > 0x80000000u ? float_of(0x7fc00000u) : y;
 }
 HD double log_(double x) { return log(x); }
 
@@ -165,8 +168,8 @@ HD Words philox(RandomKey key, uint64_t index) {
     return {{c0, c1, c2, c3}};
 }
 
-// Uniform in (0, 1): 24 bits, centred, so that neither end is ever drawn.
-HD float uniform(uint32_t word) { return ((float)(word >> 8) + 0.5f) * 5.9604645e-8f; }
+// Uniform in (0, 1): 23 bits, centred, so that neither end is ever drawn (with 24 the half would round up to 1).
+HD float uniform(uint32_t word) { return ((float)(word >> 9) + 0.5f) * 1.1920929e-7f; }
 
 // Element `index` of a standard normal stream (Box-Muller; two elements share a block).
 HD float normal(RandomKey key, uint64_t index) {

@@ -16,13 +16,15 @@
 
 // The program's only way to refuse: one line that says what is wrong and what mends it, exit status 2.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+    char line[4096];
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fputs("train_llama: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
+    for (char* c = line; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7f) *c = '?';      // names come from users and files: keep it one line, and harmless
+    fflush(stdout);
+    fprintf(stderr, "train_llama: %s\n", line);
     exit(2);
 }
 

@@ -210,12 +210,19 @@ struct Run {
     Corpus train_data, val_data;
     Split train, val;
     Tokenizer tokenizer;
+    std::vector<int> prompt;       // what samples begin with
     double peak = 0;               // measured matmul FLOP/s for this recipe's operands
     int64_t step = 0;              // optimiser steps done
     int bad_steps = 0;             // skipped in a row
     const Corpus& held_out() const { return o.val.empty() ? train_data : val_data; }
     int64_t tokens_per_step() const { return (int64_t)o.batch * o.seq * o.accum; }
 };
+
+static const Preset* find_preset(const std::string& name) {
+    for (const Preset& p : presets)
+        if (name == p.name) return &p;
+    return nullptr;
+}
 
 static bool is_directory(const std::string& path) {
     struct stat st;
@@ -224,8 +231,8 @@ static bool is_directory(const std::string& path) {
 
 // The model's shape from --model and the single dimensions. `weights`: a folder whose weights training starts from, or "".
 static Config resolve_config(Options& o, const std::set<std::string>& given, int data_vocab, std::string& weights) {
-    for (const Preset& p : presets) {
-        if (o.model != p.name) continue;
+    if (const Preset* preset = find_preset(o.model)) {
+        const Preset& p = *preset;
         if (!o.vocab) o.vocab = data_vocab == 256 ? 256 : (data_vocab + 127) / 128 * 128;
         if (!o.batch) o.batch = p.batch;
         if (!o.seq) o.seq = p.seq;
@@ -399,9 +406,7 @@ static void sample(Run& run) {
     const Options& o = run.o;
     Model& m = run.model;
     int V = m.config.vocab;
-    std::vector<int> ids = o.prompt.empty() ? std::vector<int>{run.tokenizer.begin} : run.tokenizer.encode(o.prompt);
-    for (int id : ids)
-        if (id >= V) fail("--prompt needs token %d, beyond the model's vocabulary of %d", id, V);
+    std::vector<int> ids = run.prompt;
     std::vector<acc_t> logits(V);
     size_t prompt = ids.size();
     for (int i = 0; i < o.sample_tokens; i++) {
@@ -591,6 +596,13 @@ __attribute__((format(printf, 2, 3))) static void log_line(FILE* log, const char
     if (n < 0 || fflush(log) != 0) fail("cannot write log.jsonl: %s; free space, then go on with --resume", strerror(errno));
 }
 
+// JSON has no NaN.
+static std::string json_number(double v) {
+    char text[32];
+    snprintf(text, sizeof text, "%.9g", v);
+    return is_finite(v) ? text : "null";
+}
+
 // Ctrl-C and SIGTERM ask the loop to finish its step, save and exit. A second Ctrl-C kills. (A signal handler can reach nothing
 // but static storage.)
 static volatile sig_atomic_t stop_requested = 0;
@@ -641,6 +653,7 @@ static std::string absolute(const std::string& spec) {
     std::string all;
     for (size_t at = 0, comma; at <= spec.size() && !spec.empty(); at = comma + 1) {
         comma = std::min(spec.find(',', at), spec.size());
+        if (comma == at) fail("there is an empty name in \"%s\"", spec.c_str());
         all += (at ? "," : "") + std::filesystem::absolute(spec.substr(at, comma - at)).lexically_normal().string();
     }
     return all;
@@ -651,6 +664,7 @@ static void claim_folder(const std::string& out) {
     std::error_code ec;
     std::filesystem::create_directories(out, ec);
     if (ec || !is_directory(out)) fail("cannot create --out %s: %s", out.c_str(), ec ? ec.message().c_str() : "it is not a folder");
+    unlink((out + "/log.jsonl.tmp").c_str());                                   // a run killed before it had begun
     if (!std::filesystem::is_empty(out, ec)) fail("--out %s is not empty: add --resume to go on with the run in it, or name a new folder", out.c_str());
     if (access(out.c_str(), W_OK) != 0) fail("cannot write to --out %s: %s", out.c_str(), strerror(errno));
 }
@@ -699,7 +713,7 @@ static bool train(Run& run, FILE* log) {
     double flops = flops_per_token(run.model.config, o.seq) * run.tokens_per_step(), average = 0;
     struct sigaction action = {};
     action.sa_handler = request_stop;
-    action.sa_flags = SA_RESETHAND;
+    action.sa_flags = SA_RESETHAND | SA_RESTART;                                // or a write that waits would lose its line
     sigaction(SIGINT, &action, nullptr), sigaction(SIGTERM, &action, nullptr);
     signal(SIGXFSZ, SIG_IGN);                                                    // a file-size limit is an error from write(), with its line
     int64_t last = o.profile ? std::min(o.steps, run.step + 1 + o.profile) : o.steps, first = run.step + 1;
@@ -718,18 +732,16 @@ static bool train(Run& run, FILE* log) {
                r.loss, r.norm, lr, s * 1e3, run.tokens_per_step() / s, run.peak > 0 ? (std::to_string((int)(100 * flops / s / run.peak + 0.5)) + "%").c_str() : "n/a",
                duration(average * (o.steps - run.step)).c_str(), r.skipped ? " | NOT FINITE, step skipped" : "");
         fflush(stdout);
-        auto finite = [](float v) { char t[32]; snprintf(t, sizeof t, "%.9g", v); return std::string(is_finite(v) ? t : "null"); };
-        log_line(log, "{\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"grad_norm\":%s,\"ms\":%.3f,\"tokens_per_s\":%.1f%s}\n", (long long)run.step, finite(r.loss).c_str(),
-                 lr, finite(r.norm).c_str(), s * 1e3, run.tokens_per_step() / s, r.skipped ? ",\"skipped\":true" : "");
+        log_line(log, "{\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"grad_norm\":%s,\"ms\":%.3f,\"tokens_per_s\":%.1f%s}\n", (long long)run.step, json_number(r.loss).c_str(),
+                 lr, json_number(r.norm).c_str(), s * 1e3, run.tokens_per_step() / s, r.skipped ? ",\"skipped\":true" : "");
         if (run.bad_steps >= stop_after)
             fail("loss or gradient was not finite %d steps in a row: lower --lr (%g) or lengthen --warmup, and check the data%s", stop_after, o.lr,
                  o.out.empty() ? "" : "; --resume starts from the last checkpoint");
         if (o.profile) continue;
 
         bool end = run.step == o.steps;
-        if (end || (o.eval_every && run.step % o.eval_every == 0)) {
-            log_line(log, "{\"step\":%lld,\"val_loss\":%.9g}\n", (long long)run.step, print_evaluation(run));
-        }
+        if (end || (o.eval_every && run.step % o.eval_every == 0))
+            log_line(log, "{\"step\":%lld,\"val_loss\":%s}\n", (long long)run.step, json_number(print_evaluation(run)).c_str());
         if (o.sample_tokens && (end || (o.sample_every && run.step % o.sample_every == 0))) sample(run);
         if (log && (end || stop_requested || (o.save_every && run.step % o.save_every == 0))) save(run, log);
     }
@@ -762,7 +774,8 @@ int main(int argc, char** argv) {
     if (o.list_recipes) return list_recipes(), 0;
     bool resuming = given.count("--resume");
     o.data = absolute(o.data), o.val = absolute(o.val), o.tokenizer = absolute(o.tokenizer);
-    if (is_directory(o.model) || access(o.model.c_str(), F_OK) == 0) o.model = absolute(o.model);
+    if (!find_preset(o.model) && access(o.model.c_str(), F_OK) == 0) o.model = absolute(o.model);
+    while (o.out.size() > 1 && o.out.back() == '/') o.out.pop_back();
 
     nlohmann::ordered_json state;
     std::string checkpoint;
@@ -802,8 +815,16 @@ int main(int argc, char** argv) {
     if (o.seq > config.max_seq) fail("--seq %d is over the model's %d positions", o.seq, config.max_seq);
     run.train = o.val.empty() ? run.train_data.training(o.seq) : run.train_data.all(o.seq);
     run.val = o.val.empty() ? run.train_data.held_out(o.seq) : run.val_data.all(o.seq);
+    bool text = run.train_data.kind == Corpus::TEXT;
     if (!o.tokenizer.empty()) run.tokenizer = Tokenizer::open(o.tokenizer);
-    else if (run.train_data.kind != Corpus::TEXT) o.sample_tokens = 0;            // ids without a tokenizer say nothing to people
+    if (text && !o.tokenizer.empty()) fail("--tokenizer contradicts --data %s: it is text, whose tokens are bytes", o.data.c_str());
+    if (!text && o.tokenizer.empty()) {
+        if (o.sample_only || !o.prompt.empty()) fail("%s needs --tokenizer FILE: the data are token ids", o.sample_only ? "--sample-only" : "--prompt");
+        o.sample_tokens = 0;                                                     // ids say nothing to people
+    }
+    run.prompt = o.prompt.empty() ? std::vector<int>{run.tokenizer.begin} : run.tokenizer.encode(o.prompt);
+    for (int id : run.prompt)
+        if (o.sample_tokens && id >= config.vocab) fail("samples would begin with token %d, beyond the model's vocabulary of %d: give another --prompt", id, config.vocab);
 
     // Memory: planned, shown or refused, allocated.
     Recompute recompute = o.recompute == "block" ? Recompute::block : o.recompute == "norms" ? Recompute::norms : Recompute::none;
@@ -820,7 +841,6 @@ int main(int argc, char** argv) {
         print_memory(run, training, stderr);
         fail("this run does not fit: lower --batch (and raise --accum), shorten --seq, or use --recompute block");
     }
-    if (!o.out.empty() && !resuming && training) claim_folder(o.out);
     if (resuming && training && state.contains("data") && state["data"] != std::to_string(run.train_data.fingerprint()))
         fail("%s is not the data this run was trained on: put the original back, or start a new run", o.data.c_str());
     run.peak = measure_matmul(ctx, run.recipe);
@@ -834,6 +854,8 @@ int main(int argc, char** argv) {
             {{".exp_avg", sink(ctx, run.model.m)}, {".exp_avg_sq", sink(ctx, run.model.v)}});
     } else if (!weights.empty()) load_parameters(WeightFiles(weights), run.model.tensors, sink(ctx, run.model.params));
     else initialise(ctx, run.model);
+
+    if (!o.out.empty() && !resuming && training) claim_folder(o.out);
 
     report(run, checkpoint);
     if (o.sample_only) return sample(run), 0;
