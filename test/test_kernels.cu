@@ -278,9 +278,10 @@ static void test_exp(Run& r) {
     }
 }
 
-// 2 units in the last place over all normal floats, dense around 1 where the logarithm vanishes.
+// 2 units in the last place over all normal floats, dense around 1 where the logarithm vanishes (1.97 is the worst of all floats).
+// What is not a positive number must not become one: NaN would hide from the loss.
 static void test_log(Run& r) {
-    std::vector<float> x = {1, FLT_MIN, FLT_MAX, 2, 0.5f, float_of(0x3f3504f2), float_of(0x3f3504f3), float_of(0x3f3504f4), float_of(0x3fb504f3)};
+    std::vector<float> x = {infinity, NAN, -(float)NAN, -infinity, -1, 0, 1e-45f, 1e-39f, 1, FLT_MIN, FLT_MAX, 2, 0.5f, float_of(0x3f3504f2), float_of(0x3f3504f3), float_of(0x3f3504f4), float_of(0x3fb504f3)};
     for (uint32_t b = 0x00800000; b < 0x7f800000; b += 1669) x.push_back(float_of(b));
     for (uint32_t b = 0x3f666666; b < 0x3f8ccccd; b += 5) x.push_back(float_of(b));                                            // 0.9 to 1.1
     int64_t n = (int64_t)x.size();
@@ -289,8 +290,9 @@ static void test_log(Run& r) {
     y.fetch();
     for (int64_t i = 0; i < n && r.compare; i++) {
         float host = log_(x[i]);
-        r.verdict.note(!memcmp(&host, &y.host[i], 4), "log_(%.9g) is %.9g on the host, %.9g in a kernel", x[i], host, y.host[i]);
-        if (x[i] == 1) r.verdict.close(y[i], 0, 0, "log_(1)", 0);
+        r.verdict.note(i < 5 || !memcmp(&host, &y.host[i], 4), "log_(%.9g) is %.9g on the host, %.9g in a kernel", x[i], host, y.host[i]);
+        if (i < 8) r.verdict.note(i == 0 ? y.host[i] == infinity : i < 5 ? std::isnan(y.host[i]) : y.host[i] == -infinity, "log_(%g) is %g", x[i], y[i]);
+        else if (x[i] == 1) r.verdict.close(y[i], 0, 0, "log_(1)", 0);
         else r.verdict.close(ulps(y.host[i], std::log((double)x[i])), 0, 2, "log_: units in the last place at bits", (int64_t)bits_of(x[i]));
     }
 }
@@ -361,7 +363,7 @@ static void test_distributions(Run& r) {
         else if (i) steps += v * y[i - 1] / (n / 2);                           // neighbours in different blocks
         w[1] += t / n, w[2] += t * t / n;
         r.verdict.note(z[i] > 0 && z[i] < 1, "uniform draws %.9g", z[i]);
-        r.verdict.note(std::fabs(v) < 5.9, "normal draws %.9g", v);            // sqrt(-2 ln 2^-25) = 5.887
+        r.verdict.note(std::fabs(v) < 5.8, "normal draws %.9g", v);            // sqrt(-2 ln 2^-24) = 5.768
     }
     double e = 5 / std::sqrt((double)n);
     r.verdict.close(m[1], 0, e, "normal: mean", 0);
