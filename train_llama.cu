@@ -816,12 +816,12 @@ int main(int argc, char** argv) {
     run.train = o.val.empty() ? run.train_data.training(o.seq) : run.train_data.all(o.seq);
     run.val = o.val.empty() ? run.train_data.held_out(o.seq) : run.val_data.all(o.seq);
     bool text = run.train_data.kind == Corpus::TEXT;
-    if (!o.tokenizer.empty()) run.tokenizer = Tokenizer::open(o.tokenizer);
     if (text && !o.tokenizer.empty()) fail("--tokenizer contradicts --data %s: it is text, whose tokens are bytes", o.data.c_str());
     if (!text && o.tokenizer.empty()) {
         if (o.sample_only || !o.prompt.empty()) fail("%s needs --tokenizer FILE: the data are token ids", o.sample_only ? "--sample-only" : "--prompt");
         o.sample_tokens = 0;                                                     // ids say nothing to people
     }
+    if (!o.tokenizer.empty()) run.tokenizer = Tokenizer::open(o.tokenizer);
     run.prompt = o.prompt.empty() ? std::vector<int>{run.tokenizer.begin} : run.tokenizer.encode(o.prompt);
     for (int id : run.prompt)
         if (o.sample_tokens && id >= config.vocab) fail("samples would begin with token %d, beyond the model's vocabulary of %d: give another --prompt", id, config.vocab);

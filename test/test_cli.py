@@ -398,6 +398,7 @@ int fsync(int fd) {
 }
 int rename(const char* a, const char* b) { moment(); return REAL(int, "rename", const char*, const char*)(a, b); }
 int mkdir(const char* p, mode_t m) { moment(); return REAL(int, "mkdir", const char*, mode_t)(p, m); }
+int remove(const char* p) { moment(); return REAL(int, "remove", const char*)(p); }
 int unlink(const char* p) { moment(); return REAL(int, "unlink", const char*)(p); }
 int unlinkat(int d, const char* p, int f) { moment(); return REAL(int, "unlinkat", int, const char*, int)(d, p, f); }
 """
@@ -434,9 +435,10 @@ def resume_after_power_cut():
             assert again.status == 0, f"at moment {at}: {again.err}"
             same_run(out, "calm")
     with case("power cut at every moment of a checkpoint"):
-        # The first save takes some 15 moments, the second also deletes the first: 60 moments are a whole cycle and a half.
+        # The first save takes some 15 moments, the second also deletes the first: 60 moments are a whole cycle and a half. Then
+        # once more from the beginning, where leftovers are swept and the log is cut.
         out = "cut"
-        for at in range(3, 60, stride):
+        for at in [*range(3, 60, stride), *range(1, 16, stride)]:
             begun = os.path.exists(f"{out}/log.jsonl")
             ended = run({"--resume": out} if begun else {**base, "--save-every": 1, "--out": out}, status=None, env=crash_at(at))
             assert ended.status == -signal.SIGKILL, f"before moment {at}: exit status {ended.status}: {ended.err}"
