@@ -2,7 +2,7 @@
 # make run             trains the default model on generated stories
 # make test            tests; the last line is `N passed, M failed`
 # make test-asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
-# make gpu-compile     compiles the GPU program for every target this nvcc knows
+# make gpu-compile     compiles the GPU program for sm_80, 89, 90a, 100a and 120a as far as this nvcc knows them, and its tests for one
 # make bench           ratios against PyTorch, the matmul peak and copy bandwidth, in one run
 # make clean
 #
@@ -27,12 +27,12 @@ hash := \#
 tries = $(shell mkdir -p build; printf '$(1)' > build/try.cpp; $(CXX) -std=c++17 build/try.cpp -o build/try $(2) $(quiet) && echo 1)
 
 ifndef GPU
-  GPU_FOUND := $(shell mkdir -p build; command -v $(NVCC) $(quiet) && [ -e /dev/nvidiactl -o -e /dev/dxg ] && { [ -x build/probe_gpu ] || $(NVCC) -o build/probe_gpu dev/probe_gpu.cu $(quiet); } && build/probe_gpu 2>/dev/null)
+  GPU_FOUND := $(shell mkdir -p build; command -v $(NVCC) $(quiet) && [ -e /dev/nvidiactl -o -e /dev/dxg ] && { [ -x build/probe_gpu ] || $(NVCC) -arch=native -o build/probe_gpu dev/probe_gpu.cu $(quiet); } && build/probe_gpu 2>/dev/null)
   GPU := $(if $(GPU_FOUND),1,0)
 endif
 ifeq ($(REF),1)
-  ONEDNN := 0
-  GPU := 0
+  override ONEDNN := 0
+  override GPU := 0
 endif
 ifndef ONEDNN
   ONEDNN := $(if $(call tries,$(hash)include <oneapi/dnnl/dnnl.h>\nint main(){return dnnl_version()==0;},-ldnnl),1,0)
@@ -40,8 +40,8 @@ endif
 
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo no-git)
 ifeq ($(GPU),1)
-  ARCH  ?= $(or $(GPU_FOUND),$(shell [ -x build/probe_gpu ] || $(NVCC) -o build/probe_gpu dev/probe_gpu.cu $(quiet); build/probe_gpu 2>/dev/null),90a)
-  DIR    = build/gpu$(if $(ACT),-$(ACT))
+  ARCH  ?= $(or $(GPU_FOUND),$(shell [ -x build/probe_gpu ] || $(NVCC) -arch=native -o build/probe_gpu dev/probe_gpu.cu $(quiet); build/probe_gpu 2>/dev/null),90a)
+  DIR    = build/gpu-$(ARCH)$(if $(ACT),-$(ACT))
   BUILD  = GPU sm_$(ARCH), $(shell $(NVCC) --version | grep -o 'release [0-9.]*'), commit $(COMMIT)
   COMPILE = $(NVCC) $(NVCCFLAGS) $(if $(filter float,$(ACT)),-DMETIS_ACT_FLOAT) -gencode arch=compute_$(ARCH),code=sm_$(ARCH) -x cu
   LIBS   = -lcublasLt
@@ -106,9 +106,10 @@ test: train_llama $(DIR)/train_llama $(REFERENCE) $(TESTS) build/stories
 test-asan:
 	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -O1" test
 
-# --- the GPU program, compiled for every target this nvcc knows ---------------------------------------------------------------
+# --- the GPU program for every target of ours that this nvcc knows; its tests, benchmark and ACT=float variant for one -----------
 TARGETS = $(filter $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)) 90a 100a 120a,80 89 90a 100a 120a)
-gpu-compile: $(patsubst %,build/compile/%.o,$(TARGETS))
+CHECKS  = train_llama.float test_kernels test_golden bench_kernels
+gpu-compile: $(patsubst %,build/compile/%.o,$(TARGETS)) $(patsubst %,build/compile/check/%.o,$(CHECKS))
 	@echo "compiled for: $(patsubst %,sm_%,$(TARGETS))"
 build/compile/%.o: train_llama.cu
 	@mkdir -p build/compile
@@ -117,6 +118,14 @@ build/compile/%.o: train_llama.cu
 $(DIR)/bench_kernels: dev/bench_kernels.cu
 	@mkdir -p $(DIR)
 	$(COMPILE) -MMD -MP -MF $@.d $< -o $@ $(LIBS)
+build/compile/check/train_llama.float.o: train_llama.cu
+build/compile/check/test_kernels.o: test/test_kernels.cu
+build/compile/check/test_golden.o: test/test_golden.cu
+build/compile/check/bench_kernels.o: dev/bench_kernels.cu
+build/compile/check/%.o:
+	@mkdir -p build/compile/check
+	$(NVCC) $(NVCCFLAGS) -gencode arch=compute_90a,code=sm_90a $(if $(findstring float,$*),-DMETIS_ACT_FLOAT) -MMD -MP -MF $@.d -c $< -o $@
+
 bench: $(DIR)/train_llama $(DIR)/bench_kernels data/stories.txt
 	@$(PYTHON) dev/bench.py $(DIR)/train_llama
 clean:
@@ -126,4 +135,4 @@ help:
 
 .PHONY: all run found test test-asan gpu-compile bench clean help
 .DELETE_ON_ERROR:
--include $(wildcard build/*/*.d)
+-include $(wildcard build/*/*.d build/*/*/*.d)

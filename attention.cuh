@@ -54,8 +54,9 @@ template <int MODE> __global__ void attention_rows(act_t* out, int64_t out_strid
                                                    const float* delta, Heads s, float scale) {
     __shared__ AttentionTile K, V;
     __shared__ float q_row[attention_warps][attention_max_d], do_row[attention_warps][attention_max_d];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.y % s.H, b = blockIdx.y / s.H, kv = h / (s.H / s.KV);
-    int first = blockIdx.x * attention_warps, i = first + warp;               // this warp's query
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = (s.T + attention_warps - 1) / attention_warps;
+    int h = blockIdx.x / blocks % s.H, b = blockIdx.x / blocks / s.H, kv = h / (s.H / s.KV);
+    int first = blockIdx.x % blocks * attention_warps, i = first + warp;               // this warp's query
     int64_t row = (int64_t)b * s.T + min(i, s.T - 1), base = (int64_t)b * s.T * s.row();
     for (int d = lane; d < s.D; d += 32) {
         q_row[warp][d] = load(qkv + row * s.row() + h * s.D + d);
@@ -95,12 +96,22 @@ template <int MODE> __global__ void attention_rows(act_t* out, int64_t out_strid
     if (MODE == 0 && lane == 0) lse[row * s.H + h] = m + log_(l);
 }
 
+// delta (n) = rowsum(dO * O), a warp a row.
+__global__ void attention_delta(float* delta, const act_t* dout, const act_t* out, int64_t n, int D) {
+    int64_t r = (int64_t)blockIdx.x * 4 + threadIdx.x / 32;
+    if (r >= n) return;
+    Group<32> g;
+    float v = g.sum(D, [](acc_t a, acc_t b) { return a * b; }, dout + r * D, out + r * D);
+    if (g.lane() == 0) delta[r] = v;
+}
+
 // Block: 8 key rows of one (sequence, kv head), a warp each; lane j is query j of the current tile, over all heads of the group.
 __global__ void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, const act_t* dout, const float* delta, Heads s, float scale) {
     __shared__ AttentionTile Q, DO;
     __shared__ float k_row[attention_warps][attention_max_d], v_row[attention_warps][attention_max_d];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv = blockIdx.y % s.KV, b = blockIdx.y / s.KV;
-    int first = blockIdx.x * attention_warps, j = first + warp;               // this warp's key
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = (s.T + attention_warps - 1) / attention_warps;
+    int kv = blockIdx.x / blocks % s.KV, b = blockIdx.x / blocks / s.KV;
+    int first = blockIdx.x % blocks * attention_warps, j = first + warp;               // this warp's key
     int64_t row = (int64_t)b * s.T + min(j, s.T - 1), start = (int64_t)b * s.T;
     for (int d = lane; d < s.D; d += 32) {
         k_row[warp][d] = load(qkv + row * s.row() + (s.H + kv) * s.D + d);
@@ -136,23 +147,18 @@ __global__ void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, 
         }
 }
 
-struct attention_delta;
-
 inline void attention_forward_run(Ctx& ctx, act_t* out, acc_t* lse, const act_t* qkv, Heads s, acc_t scale) {
-    dim3 grid((s.T + attention_warps - 1) / attention_warps, s.B * s.H);
+    unsigned grid = (s.T + attention_warps - 1) / attention_warps * s.B * s.H;
     attention_rows<0><<<grid, 32 * attention_warps, 0, ctx.stream>>>(out, (int64_t)s.H * s.D, lse, qkv, nullptr, nullptr, s, scale);
     CUDA(cudaGetLastError());
 }
 inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const acc_t* lse,
                                    Heads s, acc_t scale) {
-    int D = s.D;
-    for_rows<attention_delta>(ctx, {}, (int64_t)s.B * s.T * s.H, KERNEL(Group<32> g, int64_t r) {
-        acc_t v = g.sum(D, [](acc_t a, acc_t b) { return a * b; }, dout + r * D, out + r * D);
-        if (g.lane() == 0) delta[r] = v;
-    });
-    dim3 rows((s.T + attention_warps - 1) / attention_warps, s.B * s.H), keys(rows.x, s.B * s.KV);
-    attention_rows<1><<<rows, 32 * attention_warps, 0, ctx.stream>>>(dqkv, s.row(), (float*)lse, qkv, dout, delta, s, scale);
-    attention_keys<<<keys, 32 * attention_warps, 0, ctx.stream>>>(dqkv, lse, qkv, dout, delta, s, scale);
+    int64_t n = (int64_t)s.B * s.T * s.H;
+    attention_delta<<<(unsigned)((n + 3) / 4), 128, 0, ctx.stream>>>(delta, dout, out, n, s.D);
+    unsigned blocks = (s.T + attention_warps - 1) / attention_warps;
+    attention_rows<1><<<blocks * s.B * s.H, 32 * attention_warps, 0, ctx.stream>>>(dqkv, s.row(), (float*)lse, qkv, dout, delta, s, scale);
+    attention_keys<<<blocks * s.B * s.KV, 32 * attention_warps, 0, ctx.stream>>>(dqkv, lse, qkv, dout, delta, s, scale);
     CUDA(cudaGetLastError());
 }
 #else

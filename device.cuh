@@ -261,8 +261,10 @@ struct Arena {
 #ifdef __CUDACC__
 inline void* device_alloc(size_t bytes, const char* what) {
     void* p = nullptr;
-    if (cudaMalloc(&p, std::max<size_t>(bytes, 256)) != cudaSuccess) fail("out of GPU memory: %.2f GB for %s; see --dry-run", bytes * 1e-9, what);
-    CUDA(cudaMemset(p, 0, bytes));
+    cudaError_t error = cudaMalloc(&p, std::max<size_t>(bytes, 256));
+    if (error == cudaErrorMemoryAllocation) fail("out of GPU memory: %.2f GB for %s; see --dry-run", bytes * 1e-9, what);
+    CUDA(error);
+    CUDA(cudaMemset(p, 0, bytes));           // on the default stream, which our (blocking) stream waits for
     return p;
 }
 inline void device_free(void* p, size_t) { CUDA(cudaFree(p)); }
@@ -343,7 +345,9 @@ template <class T, int V> __device__ void store_packet(T* to, const acc_t* from)
     for (int k = 0; k < V; k += n) {
         Packet<T, n> q;
         for (int j = 0; j < n; j++) store(&q.v[j], from[k + j]);
-        *(Packet<T, n>*)(to + k) = q;
+        uint4 w;
+        memcpy(&w, &q, 16);
+        __stwb((uint4*)(to + k), w);                             // one 16-byte store: as a plain assignment it may be split again
     }
 }
 template <class P, int V> struct Lanes;
@@ -394,6 +398,7 @@ template <class T> __device__ bool aligned(T* p) { return (uintptr_t)p % 16 == 0
 template <class T> __device__ bool aligned(Out<T> o) { return (uintptr_t)o.p % 16 == 0; }
 
 template <int W> struct Group {
+    static_assert(W == 8 || W == 16 || W == 32 || W % 128 == 0, "part of a warp, a warp, or a block of its own");
     static constexpr int lanes = W;
     __device__ int lane() const { return threadIdx.x % W; }
     __device__ void sync() const {

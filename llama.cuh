@@ -280,8 +280,10 @@ inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const a
     int64_t n = norm_chunks(N);
     for_rows<sum_chunks>(ctx, {n * C * sizeof(acc_t) * 1., 0}, (C + 63) / 64, KERNEL(Group<32> g, int64_t r) {
         int width = C - r * 64 < 64 ? (int)(C - r * 64) : 64;
-        for (int64_t k = 0; k < n; k++)
+        for (int64_t k = 0; k < n; k++) {
             g.map(width, [](acc_t& o, acc_t v) { o += v; }, dw + r * 64, (const acc_t*)partial + k * C + r * 64);
+            g.sync();                                                         // an odd C changes which lane owns which column
+        }
     });
 }
 
@@ -450,8 +452,8 @@ struct Model {
     MemoryPlan plan;
 };
 
-// Rows of logits held at once: about 64 MB of them.
-inline int64_t head_chunk(int64_t N, int64_t V) { return std::min(N, std::max<int64_t>(256, (16 << 20) / V / 256 * 256)); }
+// Rows of logits held at once: about 64 MB of them on the CPU; 1 GB on a GPU, where every chunk prepares the head's weight anew.
+inline int64_t head_chunk(int64_t N, int64_t V) { return std::min(N, std::max<int64_t>(256, ((on_gpu ? 256 : 16) << 20) / V / 256 * 256)); }
 
 // Points every buffer of the model at memory, or only measures (base pointers null). `train`: gradients, optimiser, backward's buffers.
 inline MemoryPlan plan_memory(Model& m, const Recipe* recipe, bool train, char* state_base, char* acts_base, char* scratch_base) {
@@ -575,7 +577,7 @@ inline void initialise(Ctx& ctx, Model& m) {
     }
 }
 
-// Block l from its normalised input to its output's two halves: fills qkv .. s; y = down's input is s, mid the stream before it.
+// Block l from its normalised input h1 to down's input s; what it adds to the stream is down(s) on top of mid.
 inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
     const Config& c = m.config;
     const LayerActs& a = m.acts[l];

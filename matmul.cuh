@@ -84,7 +84,7 @@ struct MatmulPlans {
         CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
         size_t limit = workspace_bytes;
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &limit, sizeof limit));
-        // Alignment of the actual pointers is not known to the cache: ask for the least that every caller has (one element).
+        // Callers' matrices start on 16 bytes wherever their rows do (ld a multiple of 16 bytes); otherwise on an element.
         uint32_t align_a = (uint32_t)size_of(type_b), align_b = (uint32_t)size_of(type_a), align_c = (uint32_t)size_of(type_c);
         if (ldb * align_a % 16 == 0) align_a = 16;
         if (lda * align_b % 16 == 0) align_b = 16;
@@ -93,6 +93,9 @@ struct MatmulPlans {
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b));
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c));
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, sizeof align_c));
+        // Split-K may add its parts in float only: the default would allow a bf16 C to round every part.
+        uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
         cublasLtMatmulHeuristicResult_t result;
         int found_count = 0;
         cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.a, p.b, p.c, p.c, preference, 1, &result, &found_count);

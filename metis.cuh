@@ -66,7 +66,7 @@ inline Type operand_type(Format f) {
     return type_of<acc_t>();
 }
 
-// Bytes that operands a and b of a layer's largest GEMM take in scratch, 0 where they are used as they lie.
+// Bytes that an operand of `elements` takes in scratch; 0 where it is used as it lies.
 inline size_t operand_bytes(Operand cell, Type source, int64_t elements) {
     bool as_is = cell.format == Format::f32 ? source == operand_type(Format::f32) : source == Type::bf16;
     return as_is ? 0 : elements * size_of(operand_type(cell.format));

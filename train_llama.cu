@@ -385,6 +385,8 @@ static StepResult train_step(Run& run, double lr) {
 
 // The next token after logits (V): temperature, then top-k, then top-p, then one uniform draw. On the host: V is small beside a step.
 static int draw(const Options& o, std::vector<acc_t>& logits, RandomKey key, uint64_t index) {
+    for (acc_t v : logits)
+        if (!is_finite(v)) fail("nothing to sample: the model's logits are not finite");
     std::vector<int> order(logits.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
     std::sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
@@ -455,7 +457,7 @@ static double available_memory() {
 
 // Beside the arenas: tiles of attention scores and the library's packing buffers of every thread; the program itself.
 static double overhead_bytes(const Run& run, int T) {
-    if (on_gpu) return 600e6;                                                   // context and library
+    if (on_gpu) return 64e6;                                                    // free memory is counted after the context was made
     return 24e6 + run.ctx.threads * (2.0 * 64 * T * sizeof(acc_t) + 4e6);
 }
 

@@ -4,11 +4,16 @@
 
 struct copy_bytes;
 
+static void copy(Ctx& ctx, act_t* to, const act_t* from, int64_t rows, int cols) {
+    for_rows<copy_bytes, 256>(ctx, {}, rows, KERNEL(Group<256> g, int64_t r) {
+        g.map(cols, [](acc_t& o, acc_t v) { o = v; }, out(to + r * cols), from + r * cols);
+    });
+}
+
 struct Bench {
     Ctx ctx;
     int64_t N;
     int rounds;
-    double copy = 0;
     // Median over rounds of bytes / seconds.
     template <class F> double rate(double bytes, F run) {
         std::vector<double> t;
@@ -24,19 +29,14 @@ struct Bench {
         return bytes / t[t.size() / 2];
     }
     // The kernel and a copy that moves as much, side by side; bytes as the profiler's Cost counts them.
-    template <class F> void row(const char* name, act_t* to, const act_t* from, int64_t elements, F run) {
+    void row(const char* name, act_t* to, const act_t* from, int64_t elements, const std::function<void()>& run) {
         ctx.profiler = {};
         ctx.profiler.on = true;
         run();
         ctx.profiler.on = false;
         double bytes = 0;
         for (auto& r : ctx.profiler.rows) bytes += r.bytes;
-        int cols = 4096;
-        double best = rate(2.0 * elements * sizeof(act_t), [&] {
-            for_rows<copy_bytes, 256>(ctx, {}, elements / cols, KERNEL(Group<256> g, int64_t r) {
-                g.map(cols, [](acc_t& o, acc_t v) { o = v; }, out(to + r * cols), from + r * cols);
-            });
-        });
+        double best = rate(2.0 * elements * sizeof(act_t), [&] { copy(ctx, to, from, elements / 4096, 4096); });
         double mine = rate(bytes, run);
         printf("%-22s %8.2f GB/s  copy %8.2f GB/s  ratio %.2f\n", name, mine * 1e-9, best * 1e-9, mine / best);
         fflush(stdout);
@@ -66,8 +66,7 @@ int main(int argc, char** argv) {
     take(size);
     memory.base = (char*)device_alloc(size.used, "benchmark");
     take(memory);
-    initialise(ctx, (acc_t*)x, N * C * sizeof(act_t) / sizeof(acc_t), 1, {1, 0, 0, 0, 0, Purpose::test});   // any finite bits will do below
-    for (act_t* q : {x, y, z}) for_rows<copy_bytes>(ctx, {}, N, KERNEL(Group<32> gr, int64_t r) { gr.map(C, [](acc_t& o) { o = 1; }, out(q + r * C)); });
+    initialise(ctx, x, N * C, 1, {1, 0, 0, 0, 0, Purpose::test}), initialise(ctx, y, N * C, 0, {}), initialise(ctx, z, N * C, 0, {});
     initialise(ctx, w, C, 0, {}), initialise(ctx, rstd, N, 0, {}), initialise(ctx, p, P, 0, {}), initialise(ctx, g, P, 0, {});
     set_zero(ctx, m, P * sizeof(acc_t)), set_zero(ctx, v, P * sizeof(acc_t));
     b.row("residual_rmsnorm", gu, x, N * C, [&] { residual_rmsnorm(ctx, z, s, rstd, x, y, w, N, C, 1e-5f); });
