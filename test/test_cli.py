@@ -434,18 +434,30 @@ def resume_after_power_cut():
                 again = run(options, status=None)
             assert again.status == 0, f"at moment {at}: {again.err}"
             same_run(out, "calm")
-    with case("power cut at every moment of a checkpoint"):
-        # The first save takes some 15 moments, the second also deletes the first: 60 moments are a whole cycle and a half. Then
-        # once more from the beginning, where leftovers are swept and the log is cut.
-        out = "cut"
-        for at in [*range(3, 60, stride), *range(1, 16, stride)]:
-            begun = os.path.exists(f"{out}/log.jsonl")
-            ended = run({"--resume": out} if begun else {**base, "--save-every": 1, "--out": out}, status=None, env=crash_at(at))
+    with case("power cut at every moment of going on, saving and deleting"):
+        # The state before: a whole checkpoint, a torn one, and a log that is ahead of both. From there 40 moments sweep the torn one,
+        # cut the log, save a checkpoint, delete the one before, and begin with the next.
+        for at in range(50, 80):
+            shutil.rmtree("cut", ignore_errors=True)
+            run({**base, "--save-every": 1, "--out": "cut"}, status=None, env=crash_at(at))
+            names = sorted(os.listdir("cut"))
+            if len(names) == 3 and re.fullmatch(r"step_\d{8}\.tmp", names[2]):
+                break
+        assert names[2].endswith(".tmp") and len(step_rows("cut")) > int(checkpoints("cut")[-1][5:]), names
+        calm, steps = log_rows("calm"), []
+        for at in range(1, 41, stride):
+            out = f"cut{at}"
+            shutil.copytree("cut", out)
+            ended = run({"--resume": out}, status=None, env=crash_at(at))
             assert ended.status == -signal.SIGKILL, f"before moment {at}: exit status {ended.status}: {ended.err}"
             only_whole(out)
-        assert len(step_rows(out)) > 2, "it never came to the second checkpoint"
-        run({"--resume": out, "--save-every": 0})
-        same_run(out, "calm")
+            steps.append(int(checkpoints(out)[-1][5:]))
+            assert log_rows(out)[:steps[-1]] == calm[:steps[-1]], f"moment {at}: the log does not hold the {steps[-1]} steps of the checkpoint"
+            if at % 4 == 1:
+                run({"--resume": out, "--save-every": 0})
+                same_run(out, "calm")
+            shutil.rmtree(out)
+        assert steps == sorted(steps) and steps[-1] == steps[0] + 1, f"newest checkpoints: {steps}"
 
 
 def resume_after_signal():
