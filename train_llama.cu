@@ -68,7 +68,7 @@ static std::vector<Option> option_table(Options& o) {
     const double big = 1e15;
     const auto run = Lives::run, kept = Lives::kept, here = Lives::here;
     return {
-        {"--model", "NAME|PATH", &o.model, run, 0, 0, on_gpu ? nullptr : "tiny; 125m on a GPU", "a preset (see below), a Hugging Face config.json, or a folder with one and its weights", "Model"},
+        {"--model", "NAME|PATH", &o.model, run, 0, 0, "tiny; 125m on a GPU", "a preset (see below), a Hugging Face config.json, or a folder with one and its weights", "Model"},
         {"--layers", "N", &o.layers, run, 1, 1000, "the preset's", "transformer blocks", nullptr},
         {"--dim", "N", &o.dim, run, 2, 1 << 20, "the preset's", "width of the residual stream", nullptr},
         {"--heads", "N", &o.heads, run, 1, 1024, "the preset's", "query heads", nullptr},
@@ -385,8 +385,6 @@ static StepResult train_step(Run& run, double lr) {
 
 // The next token after logits (V): temperature, then top-k, then top-p, then one uniform draw. On the host: V is small beside a step.
 static int draw(const Options& o, std::vector<acc_t>& logits, RandomKey key, uint64_t index) {
-    for (acc_t v : logits)
-        if (!is_finite(v)) fail("nothing to sample: the model's logits are not finite");
     std::vector<int> order(logits.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
     std::sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
@@ -419,6 +417,11 @@ static void sample(Run& run) {
         forward(run.ctx, m, window.data(), 1, T);
         linear_forward(run.ctx, m.head, m.operands, m.logits, mat(m.h_final + (length - 1) * m.config.dim, m.config.dim), 1);
         to_host(run.ctx, logits.data(), m.logits, V * sizeof(acc_t));
+        if (!std::all_of(logits.begin(), logits.end(), [](acc_t v) { return is_finite(v); })) {
+            if (o.sample_only) fail("nothing to sample: the model's logits are not finite");
+            printf("--- no sample: the model's logits are not finite\n");
+            return;
+        }
         RandomKey key = {run.ctx.seed, (uint32_t)run.step, 0, 0, 0, Purpose::sampling};
         ids.push_back(draw(o, logits, key, i));
         if (ids.back() == run.tokenizer.end) break;
@@ -610,6 +613,17 @@ static std::string json_number(double v) {
 static volatile sig_atomic_t stop_requested = 0;
 static void request_stop(int) { stop_requested = 1; }
 
+// "a.txt,b/*.bin" with every path made absolute, so that a run can be resumed from anywhere.
+static std::string absolute(const std::string& spec) {
+    std::string all;
+    for (size_t at = 0, comma; at <= spec.size() && !spec.empty(); at = comma + 1) {
+        comma = std::min(spec.find(',', at), spec.size());
+        if (comma == at) fail("there is an empty name in \"%s\"", spec.c_str());
+        all += (at ? "," : "") + std::filesystem::absolute(spec.substr(at, comma - at)).lexically_normal().string();
+    }
+    return all;
+}
+
 // The options of the run to resume, from its newest checkpoint or, if it was killed before the first, from its log. Sets o.out,
 // returns the checkpoint's folder ("" for a fresh start of the same run) and fills `state`.
 static std::string find_run(Options& o, nlohmann::ordered_json& state) {
@@ -619,7 +633,7 @@ static std::string find_run(Options& o, nlohmann::ordered_json& state) {
     if (!is_directory(dir)) fail("nothing to resume: %s is not a folder", dir.c_str());
     std::string checkpoint;
     if (checkpoint_step(dir) >= 0) checkpoint = dir, dir = folder_of(dir);
-    if (!o.out.empty() && !o.resume.empty() && o.out != dir) fail("--out %s contradicts --resume %s: leave --out away", o.out.c_str(), o.resume.c_str());
+    if (!o.out.empty() && !o.resume.empty() && absolute(o.out) != absolute(dir)) fail("--out %s contradicts --resume %s: leave --out away", o.out.c_str(), o.resume.c_str());
     o.out = dir;
     if (checkpoint.empty()) checkpoint = latest_checkpoint(dir);
     if (!checkpoint.empty()) {
@@ -648,17 +662,6 @@ static void adopt_options(const std::vector<Option>& table, const std::set<std::
             fail("%s %s contradicts the run to resume, which has %s: leave it away, or start a new run", t.name, to_text(t).c_str(), value.c_str());
         if (!was_given) set_option(t, value);
     }
-}
-
-// "a.txt,b/*.bin" with every path made absolute, so that a run can be resumed from anywhere.
-static std::string absolute(const std::string& spec) {
-    std::string all;
-    for (size_t at = 0, comma; at <= spec.size() && !spec.empty(); at = comma + 1) {
-        comma = std::min(spec.find(',', at), spec.size());
-        if (comma == at) fail("there is an empty name in \"%s\"", spec.c_str());
-        all += (at ? "," : "") + std::filesystem::absolute(spec.substr(at, comma - at)).lexically_normal().string();
-    }
-    return all;
 }
 
 // An empty or new folder for a new run.
@@ -737,8 +740,7 @@ static bool train(Run& run, FILE* log) {
         log_line(log, "{\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"grad_norm\":%s,\"ms\":%.3f,\"tokens_per_s\":%.1f%s}\n", (long long)run.step, json_number(r.loss).c_str(),
                  lr, json_number(r.norm).c_str(), s * 1e3, run.tokens_per_step() / s, r.skipped ? ",\"skipped\":true" : "");
         if (run.bad_steps >= stop_after)
-            fail("loss or gradient was not finite %d steps in a row: lower --lr (%g) or lengthen --warmup, and check the data%s", stop_after, o.lr,
-                 o.out.empty() ? "" : "; --resume starts from the last checkpoint");
+            fail("loss or gradient was not finite %d steps in a row: start a new run with a lower --lr (%g) or a longer --warmup, and check the data", stop_after, o.lr);
         if (o.profile) continue;
 
         bool end = run.step == o.steps;
