@@ -61,6 +61,9 @@ inline Config config_of(const Preset& p, int vocab) {
 // One line on the first thing that cannot work.
 inline void check_config(const Config& c) {
     if (c.layers < 1 || c.dim < 1 || c.heads < 1 || c.kv_heads < 1 || c.ffn < 1 || c.vocab < 1) fail("every model dimension must be at least 1");
+    if (c.layers > 1000) fail("%d layers are more than the 1000 that this program takes", c.layers);
+    if (!(c.norm_eps > 0 && c.norm_eps < 1)) fail("rms_norm_eps %g is not between 0 and 1", c.norm_eps);
+    if (!(c.rope_theta > 1)) fail("rope_theta %g is not above 1", c.rope_theta);
     if (c.heads % c.kv_heads) fail("--heads %d is not a multiple of --kv-heads %d: each key/value head serves a whole group", c.heads, c.kv_heads);
     if (c.head_dim % 2) fail("head size %d is odd; RoPE rotates pairs: choose --dim and --heads with an even quotient", c.head_dim);
     if (c.head_dim > attention_max_d) fail("head size %d is over %d, the most this build's attention takes: use more --heads", c.head_dim, attention_max_d);
@@ -103,6 +106,7 @@ inline Config read_config(const std::string& path) {
     c.dim = integer("hidden_size", required);
     c.heads = integer("num_attention_heads", required);
     c.kv_heads = integer("num_key_value_heads", c.heads);
+    if (!j.contains("head_dim") && c.dim % c.heads) key_error("hidden_size", "is not a multiple of num_attention_heads, and there is no head_dim");
     c.head_dim = integer("head_dim", c.dim / c.heads);
     c.ffn = integer("intermediate_size", required);
     c.vocab = integer("vocab_size", required);
