@@ -286,7 +286,8 @@ static void test_exp(Run& r) {
 // 2 units in the last place over all normal floats, dense around 1 where the logarithm vanishes (1.97 is the worst of all floats).
 // What is not a positive number must not become one: NaN would hide from the loss.
 static void test_log(Run& r) {
-    std::vector<float> x = {infinity, NAN, -(float)NAN, -infinity, -1, 0, 1e-45f, 1e-39f, 1, FLT_MIN, FLT_MAX, 2, 0.5f, float_of(0x3f3504f2), float_of(0x3f3504f3), float_of(0x3f3504f4), float_of(0x3fb504f3)};
+    std::vector<float> x = {infinity, NAN, -(float)NAN, -infinity, -1, 0, 1e-45f, 1e-39f, 1, FLT_MIN, FLT_MAX, 2, 0.5f,
+                            float_of(0x3f3504f2), float_of(0x3f3504f3), float_of(0x3f3504f4), float_of(0x3fb504f3)};
     for (uint32_t b = 0x00800000; b < 0x7f800000; b += 1669) x.push_back(float_of(b));
     for (uint32_t b = 0x3f666666; b < 0x3f8ccccd; b += 5) x.push_back(float_of(b));                                            // 0.9 to 1.1
     int64_t n = (int64_t)x.size();
@@ -348,8 +349,8 @@ static void test_philox(Run& r) {
 }
 
 // A draw is Box-Muller of the first two words of block i / 2, even elements by the cosine, in double; errors are those of the angle,
-// of sincos_ and of log_ under the root. Moments of 2^20 draws within 5 standard errors (one in 10^6 seeds would miss; this one is fixed). The k-th moment of n draws has
-// standard error sqrt((E x^2k - (E x^k)^2) / n).
+// of sincos_ and of log_ under the root. Moments of 2^20 draws within 5 standard errors (one in 10^6 seeds would miss; this one is
+// fixed). The k-th moment of n draws has standard error sqrt((E x^2k - (E x^k)^2) / n).
 static void test_distributions(Run& r) {
     const int64_t n = 1 << 20;
     RandomKey key = {77, 1, 2, 3, 4, Purpose::test};
