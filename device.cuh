@@ -12,7 +12,7 @@
 // group is one OpenMP thread: its loops are `omp simd`, sums in 16 fixed partial sums. Nothing depends on how many threads run.
 //
 // Here: scalar types, bit-level helpers and math (the same bits on both machines), Philox, the context, memory, profiler, Group,
-// for_rows. matmul.cuh and attention.cuh hold the two other things that have a body per machine.
+// for_rows, for_tiles. matmul.cuh and attention.cuh hold the two other things that have a body per machine.
 // Compile without fast-math and without contraction (-ffp-contract=off, --fmad=false): fused multiply-adds are explicit fmaf.
 #pragma once
 #include "host.h"       // fail, seconds
@@ -141,7 +141,7 @@ HD void sincos_(float x, float* sine, float* cosine) {
 // Random numbers: Philox4x32-10 (Salmon et al., SC'11), counter-based. A draw is named by what it is for, never by who draws it,
 // so threads, order, recomputation and resuming cannot change it.
 
-enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4 };
+enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6 };
 
 struct RandomKey {
     uint64_t seed;
@@ -199,6 +199,7 @@ struct MatmulPlans;                             // matmul.cuh: library handles a
 struct Ctx {
     int threads = 1;                            // OpenMP threads (CPU)
     uint64_t seed = 0;
+    uint32_t step = 0, micro = 0;               // the optimiser step and its micro-batch: part of every random draw's name
     Profiler profiler;
     std::shared_ptr<MatmulPlans> plans;
 #ifdef __CUDACC__
@@ -330,6 +331,15 @@ template <class T> struct slot_of<Out<T>> { typedef Slot<Out<T>> type; };
 template <class F, class... P> HD void apply_one(F& f, int i, P... p) { f(typename slot_of<P>::type(p, i).get()...); }
 template <class F, class... P> HD acc_t value_one(F& f, int i, P... p) { return f(typename slot_of<P>::type(p, i).get()...); }
 
+// (v0 + v8) ... , then d = 4, 2, 1: sixteen values in one order on both machines, whichever axis they lie along.
+template <class V, class Op> HD float tree16(V value, Op op) {
+    float t[16];
+    for (int j = 0; j < 16; j++) t[j] = value(j);
+    for (int d = 8; d > 0; d /= 2)
+        for (int j = 0; j < d; j++) t[j] = op(t[j], t[j + d]);
+    return t[0];
+}
+
 #ifdef __CUDACC__
 // 16 bytes at a time: V elements of every argument sit in registers, then the function runs V times.
 template <class T, int V> struct alignas(16) Packet { T v[V]; };
@@ -435,6 +445,16 @@ template <int W> struct Group {
             }
         return reduce(m, [](acc_t a, acc_t b) { return a > b ? a : b; });
     }
+    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op.
+    template <class F> __device__ void each(int n, F f) const {
+        for (int i = lane(); i < n; i += W) f(i);
+    }
+    template <class F> __device__ void grid16(int n, F f) const {
+        for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16);
+    }
+    template <class V, class Op> __device__ void fold16(int n, V value, Op op, float* to) const {
+        for (int i = lane(); i < n; i += W) to[i] = tree16([&](int j) { return value(i, j); }, op);
+    }
     // The same value in every lane: a butterfly in the warp, then the warps' values in order.
     template <class Op> __device__ acc_t reduce(acc_t v, Op op) const {
         for (int d = (W < 32 ? W : 32) / 2; d > 0; d /= 2) v = op(v, __shfl_xor_sync(mask(), v, d));
@@ -473,6 +493,20 @@ template <int W> struct Group {
             #pragma omp simd
             for (int i = from; i < to; i++) apply_one(f, i, p...);
         }
+    }
+    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op.
+    template <class F> void each(int n, F f) const {
+        #pragma omp simd
+        for (int i = 0; i < n; i++) f(i);
+    }
+    template <class F> void grid16(int n, F f) const {
+        for (int i = 0; i < n; i++) {
+            #pragma omp simd
+            for (int j = 0; j < 16; j++) f(i, j);
+        }
+    }
+    template <class V, class Op> void fold16(int n, V value, Op op, float* to) const {
+        for (int i = 0; i < n; i++) to[i] = tree16([&](int j) { return value(i, j); }, op);
     }
     // 16 partial sums whatever the vector width, then a fixed tree.
     template <class F, class... P> acc_t sum(int n, F f, P... p) const {
@@ -522,5 +556,27 @@ template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int
     int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
     #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)
     for (int64_t r = 0; r < n; r++) kernel(Group<W>(), r);
+#endif
+}
+
+#ifdef __CUDACC__
+template <class Tag, class Stage, class F> __global__ void __launch_bounds__(256) tiles_kernel(F f) {
+    __shared__ Stage stage;
+    f(Group<256>(), (int64_t)blockIdx.x, stage);
+}
+#endif
+
+// Runs kernel(group, tile, stage) for every tile in [0, n). `stage` is a plain struct of arrays near the lanes (shared memory, or
+// L1) that lanes fill and read together, with g.sync() between; its contents do not outlive the tile.
+template <class Tag, class Stage, class F> void for_tiles(Ctx& ctx, Cost cost, int64_t n, F kernel) {
+    Launch launch(ctx, tag_name<Tag>(), cost);
+    if (n <= 0) return;
+#ifdef __CUDACC__
+    tiles_kernel<Tag, Stage><<<(unsigned)n, 256, 0, ctx.stream>>>(kernel);
+    CUDA(cudaGetLastError());
+#else
+    int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
+    #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)
+    for (int64_t t = 0; t < n; t++) kernel(Group<256>(), t, *(Stage*)ctx.scratch(0, sizeof(Stage)));
 #endif
 }
