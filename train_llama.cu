@@ -278,7 +278,9 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
     if (!find_recipe(o.recipe)) fail("--recipe %s is not in the table; see --list-recipes", printable(o.recipe).c_str());
     if (o.eval_only && o.sample_only) fail("--eval-only contradicts --sample-only: run them one after the other");
     bool resuming = given.count("--resume");
+    if (o.profile && (o.eval_only || o.sample_only)) fail("--profile contradicts %s: it profiles steps of training", o.eval_only ? "--eval-only" : "--sample-only");
     if ((o.eval_only || o.sample_only) && !resuming && !is_directory(o.model))
+    if (o.profile && !o.out.empty() && !resuming) fail("--profile writes nothing: leave --out away");
         fail("%s needs trained weights: add --resume DIR, or --model with a folder that has model.safetensors", o.eval_only ? "--eval-only" : "--sample-only");
     if (o.out.empty() && !resuming)
         for (const char* name : {"--save-every", "--keep"})
@@ -526,12 +528,12 @@ static double measure_copy(Ctx& ctx) {
     return 2.0 * bytes / best;
 }
 
-static void print_profile(Run& run, int steps) {
+static void print_profile(Run& run, int64_t steps) {
     double peak = run.peak, copy = measure_copy(run.ctx), total = 0;
     std::vector<Profiler::Row> rows = run.ctx.profiler.rows;
     std::sort(rows.begin(), rows.end(), [](auto& a, auto& b) { return a.seconds > b.seconds; });
     for (auto& r : rows) total += r.seconds;
-    printf("profile of %d steps: %.1f ms of kernels a step; ceilings measured: matmul %.0f GFLOP/s, copy %.1f GB/s\n", steps,
+    printf("profile of %lld step%s: %.1f ms of kernels a step; ceilings measured: matmul %.0f GFLOP/s, copy %.1f GB/s\n", (long long)steps, steps == 1 ? "" : "s",
            1e3 * total / steps, peak * 1e-9, copy * 1e-9);
     printf("  %-26s %8s %10s %6s %9s %6s %10s %6s\n", "kernel", "calls", "ms/step", "share", "GB/s", "% copy", "GFLOP/s", "% peak");
     for (auto& r : rows)
@@ -711,8 +713,8 @@ static std::string duration(double s) {
     return text;
 }
 
-// Trains from run.step to --steps. Returns whether it ran to the end.
-static bool train(Run& run, FILE* log) {
+// Trains from run.step to --steps, or profiles: one step that warms caches and plans, then --profile steps, or what is left of them.
+static void train(Run& run, FILE* log) {
     const Options& o = run.o;
     const int stop_after = 10;                                                   // non-finite steps in a row
     double flops = flops_per_token(run.model.config, o.seq) * run.tokens_per_step(), average = 0;
@@ -723,7 +725,7 @@ static bool train(Run& run, FILE* log) {
     signal(SIGXFSZ, SIG_IGN);                                                    // a file-size limit is an error from write(), with its line
     int64_t last = o.profile ? std::min(o.steps, run.step + 1 + o.profile) : o.steps, first = run.step + 1;
     while (run.step < last && !stop_requested) {
-        run.ctx.profiler.on = o.profile && run.step >= first;                    // the first step warms caches and plans
+        run.ctx.profiler.on = o.profile && run.step >= first;
         double begin = seconds(), lr = learning_rate(o, run.step + 1);
         StepResult r = train_step(run, lr);
         run.ctx.synchronise();
@@ -751,7 +753,7 @@ static bool train(Run& run, FILE* log) {
     }
     if (stop_requested && run.step < last)
         printf("stopped after step %lld%s\n", (long long)run.step, log ? ": go on with --resume" : "; nothing was saved (no --out)");
-    return !stop_requested;
+    if (o.profile && run.step > first) print_profile(run, run.step - first);
 }
 
 #ifndef __CUDACC__
@@ -776,7 +778,7 @@ int main(int argc, char** argv) {
     std::set<std::string> given = parse(argc, argv, table);
     if (o.help) return print_help(table), 0;
     if (o.list_recipes) return list_recipes(), 0;
-    bool resuming = given.count("--resume");
+    bool resuming = given.count("--resume"), training = !o.eval_only && !o.sample_only;
     o.data = absolute(o.data), o.val = absolute(o.val), o.tokenizer = absolute(o.tokenizer);
     if (!find_preset(o.model) && access(o.model.c_str(), F_OK) == 0) o.model = absolute(o.model);
     while (o.out.size() > 1 && o.out.back() == '/') o.out.pop_back();
@@ -799,8 +801,12 @@ int main(int argc, char** argv) {
     run.recipe = find_recipe(o.recipe);
 
     // Data, then the model's shape (its vocabulary may come from the data), then the split (its windows come from --seq).
+        if (!checkpoint.empty()) run.step = checkpoint_step(checkpoint);
     struct stat st;
     if (!given.count("--data") && stat(o.data.c_str(), &st) != 0)
+    if (o.profile && o.steps - run.step < 2)
+        fail("nothing to profile: the first step only warms up, and --steps %lld leaves %lld; %s", (long long)o.steps, (long long)(o.steps - run.step),
+             resuming ? "resume an older checkpoint, or profile a new run" : "raise --steps");
         fail("there is no %s yet: `make run` writes it, or name your own text with --data FILE", o.data.c_str());
     run.train_data = Corpus::open(o.data, o.vocab);
     if (!o.val.empty()) run.val_data = Corpus::open(o.val, o.vocab);
@@ -832,7 +838,6 @@ int main(int argc, char** argv) {
 
     // Memory: planned, shown or refused, allocated.
     Recompute recompute = o.recompute == "block" ? Recompute::block : o.recompute == "norms" ? Recompute::norms : Recompute::none;
-    bool training = !o.eval_only && !o.sample_only;
     measure(run.model, config, o.batch, o.seq, recompute, run.recipe, training);
     double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 12.0 * parameter_count(run.model.tensors);
     if (o.dry_run) {
@@ -851,7 +856,6 @@ int main(int argc, char** argv) {
     allocate(ctx, run.model, run.recipe, training);
 
     if (!checkpoint.empty()) {
-        run.step = checkpoint_step(checkpoint);
         run.bad_steps = state.value("bad_steps", 0);
         load_parameters(WeightFiles(checkpoint), run.model.tensors, sink(ctx, run.model.params));
         if (training) load_tensors(WeightFiles(checkpoint + "/optimizer.safetensors"), run.model.tensors,
@@ -871,7 +875,6 @@ int main(int argc, char** argv) {
     }
     if (run.step >= o.steps) printf("the run has already done its %lld steps\n", (long long)o.steps);
     train(run, log);
-    if (o.profile) print_profile(run, o.profile);
     if (log && fclose(log) != 0) fail("cannot write log.jsonl: %s", strerror(errno));
     return 0;
 }
