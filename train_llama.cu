@@ -8,6 +8,7 @@
 // README's list and what a checkpoint remembers.
 #include "data.h"           // Corpus, Split, permuted, Tokenizer, printable
 #include "llama.cuh"        // Model, forward, classify, backward, adamw_step, presets; checkpoint.h: save_checkpoint, open_checkpoint ...
+#include <sys/file.h>       // flock
 #include <csignal>          // sigaction
 #include <map>              // std::map
 #include <set>              // std::set
@@ -626,9 +627,19 @@ static std::string absolute(const std::string& spec) {
     return all;
 }
 
+// A run's folder belongs to the one process that trains in it: two would delete each other's checkpoints and mix their logs. The lock
+// is on the folder itself, which no rename replaces; it is never given back, so it ends with the process, however that ends. A file
+// system that cannot lock a folder (NFS) refuses for another reason, and is trusted.
+static void lock_folder(const std::string& dir) {
+    int fd = open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) fail("cannot open %s: %s", dir.c_str(), strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        fail("another process is training in %s: wait for it or stop it, or start a new run in another folder", dir.c_str());
+}
+
 // The options of the run to resume, from its newest checkpoint or, if it was killed before the first, from its log. Sets o.out,
-// returns the checkpoint's folder ("" for a fresh start of the same run) and fills `state`.
-static std::string find_run(Options& o, nlohmann::ordered_json& state) {
+// returns the checkpoint's folder ("" for a fresh start of the same run) and fills `state`. `writes`: locks the run before it looks.
+static std::string find_run(Options& o, nlohmann::ordered_json& state, bool writes) {
     std::string dir = o.resume.empty() ? o.out : o.resume;
     if (dir.empty()) fail("--resume needs the run's folder: --resume DIR, or --out DIR --resume");
     while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
@@ -637,6 +648,7 @@ static std::string find_run(Options& o, nlohmann::ordered_json& state) {
     if (checkpoint_step(dir) >= 0) checkpoint = dir, dir = folder_of(dir);
     if (!o.out.empty() && !o.resume.empty() && absolute(o.out) != absolute(dir)) fail("--out %s contradicts --resume %s: leave --out away", o.out.c_str(), o.resume.c_str());
     o.out = dir;
+    if (writes) lock_folder(dir);
     if (checkpoint.empty()) checkpoint = latest_checkpoint(dir);
     if (!checkpoint.empty()) {
         state = open_checkpoint(checkpoint);
@@ -671,6 +683,7 @@ static void claim_folder(const std::string& out) {
     std::error_code ec;
     std::filesystem::create_directories(out, ec);
     if (ec || !is_directory(out)) fail("cannot create --out %s: %s", out.c_str(), ec ? ec.message().c_str() : "it is not a folder");
+    lock_folder(out);
     unlink((out + "/log.jsonl.tmp").c_str());                                   // a run killed before it had begun
     if (!std::filesystem::is_empty(out, ec)) fail("--out %s is not empty: add --resume to go on with the run in it, or name a new folder", out.c_str());
     if (access(out.c_str(), W_OK) != 0) fail("cannot write to --out %s: %s", out.c_str(), strerror(errno));
@@ -786,7 +799,7 @@ int main(int argc, char** argv) {
     nlohmann::ordered_json state;
     std::string checkpoint;
     if (resuming) {
-        checkpoint = find_run(o, state);
+        checkpoint = find_run(o, state, training && !o.dry_run && !o.profile);
         adopt_options(table, given, state["options"]);
     }
     check_options(o, given);

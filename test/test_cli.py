@@ -593,6 +593,26 @@ def resume_conflicts():
             assert not os.path.exists("nowhere"), "it made the folder"
 
 
+def resume_while_running():
+    """One process at a time trains in a folder. The first one is stopped in the middle of it, so that nothing changes by itself."""
+    out = "busy"
+    p = start({**WHOLE, "--out": out}, 25)
+    p.send_signal(signal.SIGSTOP)
+    os.waitpid(p.pid, os.WUNTRACED)
+    for name, way in (("--resume", {"--resume": out}), ("--resume, of a checkpoint", {"--resume": f"{out}/step_00000020"}),
+                      ("a new run", {**WHOLE, "--out": out})):
+        with case(f"refuses a second process on a folder: {name}"), untouched(out):
+            ended = run(way, status=2)
+            assert re.search(f"another process.*{out}", ended.err) and "\nstep " not in ended.out, ended.err
+    for name in ("--eval-only", "--dry-run"):
+        with case(f"takes a second process on a folder with {name}, which only reads"), untouched(out):
+            run({"--resume": out, name: True})
+    with case("the first process goes on and ends as if nothing had been"):
+        p.send_signal(signal.SIGCONT)
+        assert finish(p).status == 0
+        same_run(out, unbroken())
+
+
 def damage():
     """A checkpoint that is not what was written is refused by name and left alone; the older one is pointed at and works."""
     out = half_done("damaged")
@@ -1134,8 +1154,8 @@ def learning():
             assert last > 0.5, f"a loss of {last:.3f} after 150 steps is too good to be true"
 
 
-GROUPS = (bitwise, resume_after_kill, resume_after_power_cut, resume_after_signal, resume_forms, resume_conflicts, damage, keep, accumulation,
-          reference, refuse_options, refuse_data, refuse_config, refuse_folders, guard, reports, evaluation, learning)
+GROUPS = (bitwise, resume_after_kill, resume_after_power_cut, resume_after_signal, resume_forms, resume_conflicts, resume_while_running,
+          damage, keep, accumulation, reference, refuse_options, refuse_data, refuse_config, refuse_folders, guard, reports, evaluation, learning)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tests of the program from outside.", allow_abbrev=False)
