@@ -37,7 +37,7 @@ inline bool ends_with(const std::string& s, const char* tail) {
     return s.size() >= n && s.compare(s.size() - n, n, tail) == 0;
 }
 
-// A file that must hold something. It is looked at before it is opened: open() would wait for ever on a pipe.
+// A file that must hold something, with lines that say more than MappedFile's.
 inline MappedFile map_file(const std::string& path) {
     const char* name = path.c_str();
     struct stat st;

@@ -35,17 +35,18 @@ inline double seconds() {
 }
 
 // A whole file, read-only, mapped: the kernel's page cache holds it, not this process's heap. Fails with a line that names the file.
+// O_NONBLOCK: opening a pipe that nobody writes to would wait for ever; on a file it does nothing.
 struct MappedFile {
     std::string path;
     const uint8_t* data = nullptr;
     size_t size = 0;
 
     explicit MappedFile(const std::string& file) : path(file) {
-        int fd = open(file.c_str(), O_RDONLY | O_CLOEXEC);
+        int fd = open(file.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (fd < 0) fail("cannot open %s: %s", file.c_str(), strerror(errno));
         struct stat st;
         if (fstat(fd, &st) != 0) fail("cannot read %s: %s", file.c_str(), strerror(errno));
-        if (!S_ISREG(st.st_mode)) fail("%s is not a regular file", file.c_str());
+        if (!S_ISREG(st.st_mode)) fail("%s is not a regular file: save what it gives to a file first", file.c_str());
         size = (size_t)st.st_size;
         if (size > 0) {
             void* p = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);

@@ -649,6 +649,11 @@ def damage():
             f.write('{"options":{"model":"ti')
         with untouched(out):
             assert "log.jsonl" in run({"--resume": out}, status=2).err
+    with case("damaged log.jsonl: a pipe"):
+        os.makedirs("pipe_log")
+        os.mkfifo("pipe_log/log.jsonl")
+        with untouched("pipe_log"):
+            assert "not a regular file" in run({"--resume": "pipe_log"}, status=2).err
     with case("a log.jsonl torn by a kill, or longer than the checkpoint, is mended"):
         out = half_done("torn_log")
         with open(f"{out}/log.jsonl", "a") as f:
@@ -864,6 +869,8 @@ def refuse_data():
             ("a --tokenizer that is none", {"--data": "good.bin", "--tokenizer": "words"}, "words"),
             ("a --tokenizer that cannot spell all bytes", {"--data": "good.bin", "--tokenizer": "ranks"}, "ranks"),
             ("a directory as --tokenizer", {"--data": "good.bin", "--tokenizer": "folder"}, "directory"),
+            ("a pipe as --val", {"--val": "pipe"}, "pipe is not a regular file"),
+            ("a pipe as --tokenizer", {"--data": "good.bin", "--tokenizer": "pipe"}, "pipe is not a regular file"),
             ("a --tokenizer for text", {"--tokenizer": "ranks"}, "--tokenizer"),
             ("a --prompt for tokens without --tokenizer", {"--data": "good.bin", "--prompt": "once"}, "--tokenizer")):
         refuse(name, {**MICRO, "--vocab": 512 if "--data" in change else None, **change, "--out": "never"}, word)
@@ -912,6 +919,10 @@ def refuse_config():
     for name, text in (("that is no JSON", "layers: 2"), ("cut in half", json.dumps(good)[:100]), ("that is a list", "[1, 2]"), ("that is empty", "")):
         write(text)
         refuse(f"a config.json {name}", {**options, "--out": "never"}, "c.json")
+    os.makedirs("bad/model_pipe")
+    os.mkfifo("bad/model_pipe/config.json")
+    for name, model in (("a pipe", "model_pipe/config.json"), ("a folder whose config.json is a pipe", "model_pipe"), ("a device", "/dev/zero")):
+        refuse(f"--model with {name}", {**options, "--model": model, "--out": "never"}, f"{model}.* is not a regular file")
     write(good)
     for name in ("--dim", "--layers", "--vocab", "--ffn", "--heads", "--kv-heads"):
         refuse(f"--model config.json with {name}", {**options, name: 256}, f"{name} contradicts --model")
@@ -921,14 +932,19 @@ def refuse_config():
     whole = f"{unbroken()}/step_00000080"
     with case("takes a folder with config.json and weights"):
         run({**options, "--model": f"../{whole}", "--eval-batches": 1, "--sample-tokens": 0}, cwd="bad")
-    for name in ("folder without config.json", "folder without weights", "weights of another shape", "weights cut in half", "weights without one tensor"):
-        at = "bad/model_" + name.split()[-1]
+    for name in ("folder without config.json", "folder without weights", "folder whose weights are a pipe", "weights of another shape",
+                 "weights cut in half", "weights without one tensor"):
+        at = "bad/model_of_" + name.split()[-1]
         shutil.copytree(whole, at)
         weights = content(f"{at}/model.safetensors")
         if name == "folder without config.json":
             os.remove(f"{at}/config.json")
-        elif name == "folder without weights":
+        elif name in ("folder without weights", "folder whose weights are a pipe"):
             os.remove(f"{at}/model.safetensors")
+            if "pipe" in name:
+                os.mkfifo(f"{at}/shard")
+                with open(f"{at}/model.safetensors.index.json", "w") as f:
+                    json.dump({"weight_map": {"model.norm.weight": "shard"}}, f)
         elif name == "weights of another shape":
             with open(f"{at}/config.json", "w") as f:
                 json.dump({**good, "intermediate_size": 256}, f)
