@@ -278,10 +278,10 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
     one_of("--recompute", o.recompute, {"none", "norms", "block"});
     if (!find_recipe(o.recipe)) fail("--recipe %s is not in the table; see --list-recipes", printable(o.recipe).c_str());
     if (o.eval_only && o.sample_only) fail("--eval-only contradicts --sample-only: run them one after the other");
-    bool resuming = given.count("--resume");
     if (o.profile && (o.eval_only || o.sample_only)) fail("--profile contradicts %s: it profiles steps of training", o.eval_only ? "--eval-only" : "--sample-only");
-    if ((o.eval_only || o.sample_only) && !resuming && !is_directory(o.model))
+    bool resuming = given.count("--resume");
     if (o.profile && !o.out.empty() && !resuming) fail("--profile writes nothing: leave --out away");
+    if ((o.eval_only || o.sample_only) && !resuming && !is_directory(o.model))
         fail("%s needs trained weights: add --resume DIR, or --model with a folder that has model.safetensors", o.eval_only ? "--eval-only" : "--sample-only");
     if (o.out.empty() && !resuming)
         for (const char* name : {"--save-every", "--keep"})
@@ -801,8 +801,12 @@ int main(int argc, char** argv) {
     if (resuming) {
         checkpoint = find_run(o, state, training && !o.dry_run && !o.profile);
         adopt_options(table, given, state["options"]);
+        if (!checkpoint.empty()) run.step = checkpoint_step(checkpoint);
     }
     check_options(o, given);
+    if (o.profile && o.steps - run.step < 2)
+        fail("nothing to profile: the first step only warms up, and --steps %lld leaves %lld; %s", (long long)o.steps, (long long)(o.steps - run.step),
+             resuming ? "resume an older checkpoint, or profile a new run" : "raise --steps");
     ctx.threads = o.threads ? o.threads : on_gpu ? 1 : omp_get_num_procs();
     ctx.seed = (uint64_t)o.seed;
 #ifdef __CUDACC__
@@ -814,12 +818,8 @@ int main(int argc, char** argv) {
     run.recipe = find_recipe(o.recipe);
 
     // Data, then the model's shape (its vocabulary may come from the data), then the split (its windows come from --seq).
-        if (!checkpoint.empty()) run.step = checkpoint_step(checkpoint);
     struct stat st;
     if (!given.count("--data") && stat(o.data.c_str(), &st) != 0)
-    if (o.profile && o.steps - run.step < 2)
-        fail("nothing to profile: the first step only warms up, and --steps %lld leaves %lld; %s", (long long)o.steps, (long long)(o.steps - run.step),
-             resuming ? "resume an older checkpoint, or profile a new run" : "raise --steps");
         fail("there is no %s yet: `make run` writes it, or name your own text with --data FILE", o.data.c_str());
     run.train_data = Corpus::open(o.data, o.vocab);
     if (!o.val.empty()) run.val_data = Corpus::open(o.val, o.vocab);

@@ -1069,6 +1069,8 @@ def reports():
         for what, parts in (("parameters", 1), ("gradients", 1), ("optimiser", 2), ("checkpoint", 3)):
             assert near(amount(what), parts * 4 * 8.030261248, 1e-4), f"{what} of llama3-8b: {amount(what)} GB"
         assert sorted(os.listdir(".")) == before, "new files"
+    def profiled(text):              # {kernel: calls a step}
+        return dict(re.findall(r"^  (\S.*?) +([\d.]+) +[\d.]+ +[\d.]+% ", text, re.M))
     with case("--profile 2: a table of kernels, their shares add up"):
         before = sorted(os.listdir("."))
         text = run({**MICRO, "--profile": 2}).out
@@ -1076,6 +1078,25 @@ def reports():
         assert len(shares) > 10 and abs(sum(shares) - 100) < 0.05 * len(shares) + 0.1, f"{len(shares)} rows, {sum(shares)}%: {text[-500:]}"
         assert "profile of 2 steps" in text and len(printed_losses(text)) == 3, text[-500:]
         assert sorted(os.listdir(".")) == before, "new files"
+    with case("--profile with fewer steps left, or interrupted, divides by what it profiled"):
+        for options, steps in (({"--profile": 9, "--steps": 3}, 2), ({"--profile": 9, "--steps": 2}, 1)):
+            few = run({**MICRO, **options}).out
+            assert re.search(rf"^profile of {steps} steps?:", few, re.M) and len(printed_losses(few)) == steps + 1, few[-500:]
+            assert profiled(few) == profiled(text) and len(profiled(text)) > 10, f"calls a step: {profiled(few)}, with 2 steps {profiled(text)}"
+        p = start({**SMALL, "--profile": 300}, 3)
+        p.send_signal(signal.SIGINT)
+        few = finish(p).out
+        assert f"profile of {len(printed_losses(few)) - 1} step" in few and len(printed_losses(few)) < 301, few[-500:]
+    bad_folder()
+    refuse("--profile with one step", {**MICRO, "--profile": 2, "--steps": 1}, "--steps 1")
+    refuse("--profile of a finished run", {"--resume": f"../{unbroken()}", "--profile": 2}, "--steps 80", folder=unbroken())
+    refuse("--profile with --out: it writes nothing", {**MICRO, "--profile": 2, "--out": "never"}, "--profile writes nothing")
+    refuse("--profile with --eval-only", {"--resume": f"../{unbroken()}", "--profile": 2, "--eval-only": True}, "--profile contradicts --eval-only")
+    with case("--profile of a run on its way changes nothing in it"):
+        out = half_done("on_its_way")
+        for way in ({"--resume": out}, {"--resume": True, "--out": out}):
+            with untouched(out):
+                assert "profile of 2 steps" in run({**way, "--profile": 2}).out
     with case("learning rates: warmup, then cosine, wsd or constant, down to a tenth"):
         base = {**SMALL, "--steps": 30, "--warmup": 4, "--lr": 0.01, "--eval-batches": 1}
         shape = {"cosine": lambda s: 0.001 + 0.0045 * (1 + math.cos(math.pi * (s - 4) / 26)), "constant": lambda s: 0.01,
@@ -1105,8 +1126,6 @@ def evaluation():
         with case("--eval-only of an older checkpoint, and of its weights as --model"):
             older = printed(run({"--resume": f"{out}/step_00000040", "--eval-only": True}).out)[1]
             assert older != one[1], f"step 40 and step 80 give {older}"
-    def profiled(text):              # {kernel: calls a step}
-        return dict(re.findall(r"^  (\S.*?) +([\d.]+) +[\d.]+ +[\d.]+% ", text, re.M))
             shape = {k: WHOLE[k] for k in ("--data", "--batch", "--seq", "--eval-batches")}
             assert printed(run({**shape, "--model": final, "--eval-only": True}).out)[1] == one[1], "as --model it differs"
         with case("--eval-only with other --eval-batches sees other windows"):
@@ -1114,25 +1133,6 @@ def evaluation():
             assert more != one[1], more
     text_of = lambda out: re.search(r"^--- sample[^\n]*\n(.*)\n---$", out, re.M | re.S)[1]
     with case("--sample-only: twice the same text, the one that training printed; the folder is untouched"):
-    with case("--profile with fewer steps left, or interrupted, divides by what it profiled"):
-        for options, steps in (({"--profile": 9, "--steps": 3}, 2), ({"--profile": 9, "--steps": 2}, 1)):
-            few = run({**MICRO, **options}).out
-            assert re.search(rf"^profile of {steps} steps?:", few, re.M) and len(printed_losses(few)) == steps + 1, few[-500:]
-            assert profiled(few) == profiled(text) and len(profiled(text)) > 10, f"calls a step: {profiled(few)}, with 2 steps {profiled(text)}"
-        p = start({**SMALL, "--profile": 300}, 3)
-        p.send_signal(signal.SIGINT)
-        few = finish(p).out
-        assert f"profile of {len(printed_losses(few)) - 1} step" in few and len(printed_losses(few)) < 301, few[-500:]
-    bad_folder()
-    refuse("--profile with one step", {**MICRO, "--profile": 2, "--steps": 1}, "--steps 1")
-    refuse("--profile of a finished run", {"--resume": f"../{unbroken()}", "--profile": 2}, "--steps 80", folder=unbroken())
-    refuse("--profile with --out: it writes nothing", {**MICRO, "--profile": 2, "--out": "never"}, "--profile writes nothing")
-    refuse("--profile with --eval-only", {"--resume": f"../{unbroken()}", "--profile": 2, "--eval-only": True}, "--profile contradicts --eval-only")
-    with case("--profile of a run on its way changes nothing in it"):
-        out = half_done("on_its_way")
-        for way in ({"--resume": out}, {"--resume": True, "--out": out}):
-            with untouched(out):
-                assert "profile of 2 steps" in run({**way, "--profile": 2}).out
         trained = text_of(run({**MICRO, "--steps": 30, "--sample-tokens": 40, "--eval-batches": 1, "--out": "talk"}).out)
         with untouched("talk"):
             one, two = (text_of(run({"--resume": "talk", "--sample-only": True}).out) for _ in range(2))
