@@ -151,11 +151,11 @@ struct RandomKey {
 
 struct Words { uint32_t w[4]; };
 
-// The 128 random bits of block `index` of the stream that `key` names. Fields: micro < 2^16, layer < 2^16, operand < 2^8.
-HD Words philox(RandomKey key, uint64_t index) {
-    uint32_t c0 = (uint32_t)index, c1 = key.step;
+// The 128 random bits of block high * 2^32 + index (high < 2^16) of the stream that `key` names. Fields: micro < 2^16, layer < 2^16, operand < 2^8.
+HD Words philox(RandomKey key, uint32_t index, uint32_t high) {
+    uint32_t c0 = index, c1 = key.step;
     uint32_t c2 = (uint32_t)key.purpose | (key.operand & 0xff) << 8 | (key.layer & 0xffff) << 16;
-    uint32_t c3 = (uint32_t)(index >> 32) | (key.micro & 0xffff) << 16;
+    uint32_t c3 = high | (key.micro & 0xffff) << 16;
     uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
     for (int round = 0; round < 10; round++) {
         uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
@@ -165,6 +165,7 @@ HD Words philox(RandomKey key, uint64_t index) {
     }
     return {{c0, c1, c2, c3}};
 }
+HD Words philox(RandomKey key, uint64_t index) { return philox(key, (uint32_t)index, (uint32_t)(index >> 32)); }
 
 // Uniform in (0, 1): 23 bits, centred, so that neither end is ever drawn (with 24 the half would round up to 1).
 HD float uniform(uint32_t word) { return ((float)(word >> 9) + 0.5f) * 1.1920929e-7f; }
@@ -452,8 +453,16 @@ template <int W> struct Group {
     template <class F> __device__ void grid16(int n, F f) const {
         for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16);
     }
+    // f(r, c) for r < height, c < width <= 2^shift.
+    template <class F> __device__ void tile(int height, int width, int shift, F f) const {
+        for (int i = lane(); i < height << shift; i += W)
+            if ((i & ((1 << shift) - 1)) < width) f(i >> shift, i & ((1 << shift) - 1));
+    }
     template <class V, class Op> __device__ void fold16(int n, V value, Op op, float* to) const {
         for (int i = lane(); i < n; i += W) to[i] = tree16([&](int j) { return value(i, j); }, op);
+    }
+    template <class V, class Op> __device__ void fold_rows16(int n, V value, Op op, float* to) const {
+        for (int c = lane(); c < n; c += W) to[c] = tree16([&](int j) { return value(j, c); }, op);
     }
     // The same value in every lane: a butterfly in the warp, then the warps' values in order.
     template <class Op> __device__ acc_t reduce(acc_t v, Op op) const {
@@ -505,8 +514,43 @@ template <int W> struct Group {
             for (int j = 0; j < 16; j++) f(i, j);
         }
     }
+    // f(r, c) for r < height, c < width <= 2^shift.
+    template <class F> void tile(int height, int width, int, F f) const {
+        for (int r = 0; r < height; r++) {
+            #pragma omp simd
+            for (int c = 0; c < width; c++) f(r, c);
+        }
+    }
     template <class V, class Op> void fold16(int n, V value, Op op, float* to) const {
-        for (int i = 0; i < n; i++) to[i] = tree16([&](int j) { return value(i, j); }, op);
+        for (int first = 0; first < n; first += 8) {                 // eight trees side by side, n a multiple of 8: one level a loop
+            float a[64], b[32], c[16];
+            for (int i = 0; i < 8; i++) {
+                #pragma omp simd
+                for (int j = 0; j < 8; j++) a[8 * i + j] = op(value(first + i, j), value(first + i, j + 8));
+            }
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < 4; j++) b[4 * i + j] = op(a[8 * i + j], a[8 * i + j + 4]);
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < 2; j++) c[2 * i + j] = op(b[4 * i + j], b[4 * i + j + 2]);
+            #pragma omp simd
+            for (int i = 0; i < 8; i++) to[first + i] = op(c[2 * i], c[2 * i + 1]);
+        }
+    }
+    // The same trees over 16 rows: to[c] of value(0..15, c), n a multiple of 16.
+    template <class V, class Op> void fold_rows16(int n, V value, Op op, float* to) const {
+        for (int first = 0; first < n; first += 16) {
+            float t[8][16];
+            for (int j = 0; j < 8; j++) {
+                #pragma omp simd
+                for (int c = 0; c < 16; c++) t[j][c] = op(value(j, first + c), value(j + 8, first + c));
+            }
+            for (int d = 4; d > 0; d /= 2)
+                for (int j = 0; j < d; j++) {
+                    #pragma omp simd
+                    for (int c = 0; c < 16; c++) t[j][c] = op(t[j][c], t[j + d][c]);
+                }
+            for (int c = 0; c < 16; c++) to[first + c] = t[0][c];
+        }
     }
     // 16 partial sums whatever the vector width, then a fixed tree.
     template <class F, class... P> acc_t sum(int n, F f, P... p) const {

@@ -1,0 +1,499 @@
+// fp4.cuh: the numbers. Small floats (E2M1, E4M3, E5M2, and E8M0 for scales), blocks that share a scale, rounding, Hadamard, packing.
+//
+// A cell (Operand) says how a matrix becomes the operand of a GEMM. quantise() obeys it in two passes over the matrix:
+//
+//     tensor_scale()   amax of the whole matrix -> S_enc, S_dec                    (only formats with a tensor scale)
+//     quantise()       tile by tile: load, Hadamard, amax of every block -> block scale, round every element, store
+//
+// What it stores is *code times block scale*, exactly, in bf16: at most 4 significant bits times 4, or times a power of two. A bf16
+// GEMM of such operands with float accumulation, its result multiplied by both S_dec, multiplies the very numbers that an FP4 tensor
+// core multiplies; only the order of the float additions differs. (In bf16's normal range: a product below 2^-126 may lose bits.)
+// pack() writes the same operand as a tensor core wants it: codes, two a byte along the contracted axis, and scale bytes.
+//
+// One function serves both axes. A *unit* is 16 elements along the contracted axis: 16 neighbours of a row, or 16 rows of a column;
+// a tile is 256 units, a block one unit (16), two (32), or all units of a square.
+//
+// Rules and sources: NVFP4 as TransformerEngine computes it (core_nvfp4.cuh; arXiv 2509.25149 appendix B) but for two points: a block
+// whose scale rounds to zero writes zeros, not saturated codes under a zero scale (the decoded values agree); and a NaN or infinity
+// is not ignored but makes the scale NaN, so that the training loop's guard sees it. MX: OCP Microscaling 1.0, arXiv 2506.08027.
+// Four-over-six: arXiv 2512.02010. The byte-for-byte statement of all this, and files to test against: test/vectors/README.md.
+#pragma once
+#include "device.cuh"   // for_rows, for_tiles, philox
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Small floats: one sign bit, then exponent and mantissa; below min_normal the steps stay those of min_normal.
+
+struct Minifloat {
+    int drop;                   // mantissa bits that a float has more: 23 - m
+    float min_normal, max;
+    uint8_t nan, sign;          // the code of NaN; the sign's bit
+};
+constexpr Minifloat e2m1 = {22, 1, 6, 0x7, 0x8};                                    // 0 .5 1 1.5 2 3 4 6; NaN becomes 6
+constexpr Minifloat e4m3 = {20, 0.015625f, 448, 0x7f, 0x80};                        // OCP's fn variant: no infinity
+constexpr Minifloat e5m2 = {21, 6.103515625e-5f, 57344, 0x7f, 0x80};
+
+HD float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+HD float with_sign(float q, float x) { return float_of(bits_of(q) | (bits_of(x) & 0x80000000u)); }
+
+// x as the nearest value of f, ties to the even mantissa, saturating. (a + c) - c rounds a to multiples of c's last place; c is the
+// power of two whose last place is f's step at a.
+HD float round_nearest(float x, Minifloat f) {
+    float a = magnitude(x);
+    a = a < f.max ? a : f.max;
+    float b = a > f.min_normal ? a : f.min_normal;
+    float c = float_of((bits_of(b) & 0x7f800000u) + ((uint32_t)f.drop << 23));
+    return with_sign((a + c) - c, x);
+}
+
+// x as one of its two neighbours in f, the upper one with the probability of where x lies between them: exact to 2^-17 of the gap,
+// from r, 16 random bits. What f holds exactly never moves. Unbiased up to max; beyond, it saturates. The random bits are added to
+// the mantissa's lower bits and these cut off; subnormals of f are lifted by min_normal so that their step is the float's, too.
+HD float round_stochastic(float x, uint32_t r, Minifloat f) {
+    float a = magnitude(x);
+    a = a < f.max ? a : f.max;
+    float lift = a < f.min_normal ? f.min_normal : 0.f;
+    uint32_t u = bits_of(a + lift) + (r << (f.drop - 16)) + (1u << (f.drop - 17));
+    return with_sign(float_of(u & (0xffffffffu << f.drop)) - lift, x);
+}
+
+// The code of q, a value of f.
+HD uint8_t encode(float q, Minifloat f) {
+    float a = magnitude(q), lift = a < f.min_normal ? f.min_normal : 0.f;
+    uint32_t normal = lift == 0.f ? 1u << (23 - f.drop) : 0;
+    uint32_t code = ((bits_of(a + lift) - bits_of(f.min_normal)) >> f.drop) + normal;
+    return (uint8_t)(code | (bits_of(q) >> 31 ? f.sign : 0));
+}
+// The code of any float as CUDA's conversions with saturation give it.
+HD uint8_t convert_to(float x, Minifloat f) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u ? f.nan : encode(round_nearest(x, f), f); }
+
+HD float decode(uint8_t code, Minifloat f) {
+    uint32_t a = code & (f.sign - 1u), normal = 1u << (23 - f.drop), base = bits_of(f.min_normal);
+    float v = a < normal ? float_of((a << f.drop) + base) - f.min_normal : float_of(((a - normal) << f.drop) + base);
+    if (v > f.max) v = f.drop == e5m2.drop && a == 0x7c ? float_of(0x7f800000u) : float_of(0x7fc00000u);
+    return code & f.sign ? -v : v;
+}
+
+// E8M0: byte f means 2^(f - 127), 0xff NaN. Of the scale for a block of this amax: `floor` takes amax's exponent less the largest
+// element's (elements reach 2^(emax+1) and saturate), `ceil` the smallest power of two under which nothing saturates.
+HD uint32_t e8m0_floor(float amax, Minifloat f) {
+    uint32_t field = bits_of(amax) >> 23, emax = (bits_of(f.max) >> 23) - 127;
+    return field == 255 ? 255 : field > emax ? field - emax : 0;
+}
+HD uint32_t e8m0_ceil(float amax, Minifloat f) {
+    uint32_t u = bits_of(amax * (1.f / f.max)), field = u >> 23, rest = u & 0x7fffff;
+    uint32_t up = field + (rest != 0 && !(field == 0 && rest <= 0x400000) ? 1 : 0);
+    return !is_finite(amax) ? 255 : up < 254 ? up : 254;
+}
+HD float decode_e8m0(uint32_t f) { return f == 255 ? float_of(0x7fc00000u) : f == 0 ? float_of(0x00400000u) : float_of(f << 23); }
+HD float inverse_e8m0(uint32_t f) { return f == 255 ? float_of(0x7fc00000u) : f == 254 ? float_of(0x00400000u) : float_of((254 - f) << 23); }
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Cells
+
+enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4 };
+enum class Block { vector, square };                  // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32)
+enum class Rounding { nearest, stochastic };
+enum class Scale { te, headroom, four_six, floor, ceil };
+enum class Signs { fixed, random, plus };
+
+// How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else.
+struct Operand {
+    Format format;
+    Block block = Block::vector;
+    Rounding rounding = Rounding::nearest;
+    Scale scale = Scale::te;        // NVFP4: te, headroom (blocks scaled by 17/16, so that nothing saturates), four_six; MX: floor, ceil
+    int hadamard = 0;               // 0, 16, 32, 64 or 128 along the contracted axis, on both operands of a GEMM, which cancels
+    Signs signs = Signs::fixed;     // of the Hadamard: TransformerEngine's 16, drawn for every call, or none
+};
+inline bool operator==(Operand a, Operand b) {
+    return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard && a.signs == b.signs;
+}
+
+inline bool is_quantised(Format f) { return f > Format::bf16; }
+inline bool has_blocks(Format f) { return f >= Format::mxfp8; }
+inline bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
+inline bool is_4bit(Format f) { return f == Format::nvfp4 || f == Format::mxfp4; }
+inline int block_length(Format f) { return is_mx(f) ? 32 : 16; }
+inline Minifloat element_of(Format f) { return is_4bit(f) ? e2m1 : f == Format::fp8_e5m2 ? e5m2 : e4m3; }
+
+// The axis of the source that the GEMM contracts: along its rows, or down its columns.
+enum class Axis { row, column };
+
+// Scales of one call, computed on the host from the cell. NVFP4: the largest block's scale is `cap`, the largest element of a block
+// lands on `top`; FP8 per tensor: cap 1.
+struct ScaleRule { float full, top, inverse_top; };
+inline ScaleRule scale_rule(Operand c) {
+    if (c.format != Format::nvfp4) return {element_of(c.format).max, 0, 0};
+    bool room = c.scale == Scale::headroom || (c.scale == Scale::four_six && c.rounding == Rounding::stochastic);
+    float top = room ? 96.f / 17.f : 6.f, cap = c.scale == Scale::four_six ? 256.f : 448.f;
+    return {cap * top, top, 1.f / top};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Tiles: 4096 elements in float near the lanes
+
+constexpr int tile_size = 4096, tile_units = 256;
+struct QuantStage {
+    float v[tile_size];                                             // elements; after rounding their values
+    float e[tile_size];                                             // errors of a candidate, or terms of the tally
+    uint16_t random[tile_size];
+    float amax[tile_units], enc[tile_units], dec[tile_units];       // per unit: amax; element -> code; code -> value
+    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];
+    float group[16];
+    float sign[128];
+};
+
+// How a matrix is cut into tiles of R x 2^shift elements. Column blocks need R rows of a Hadamard or a block at once.
+struct TileShape {
+    bool along_row;
+    int R, shift, C;
+    int64_t rows, cols, across, count;
+};
+inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols) {
+    TileShape s;
+    s.along_row = axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square);
+    int need = s.along_row || !has_blocks(c.format) ? 16 : block_length(c.format);
+    s.R = s.along_row ? 16 : std::max(need, c.hadamard);
+    s.C = tile_size / s.R;
+    s.shift = s.C == 256 ? 8 : s.C == 128 ? 7 : s.C == 64 ? 6 : 5;
+    s.rows = rows, s.cols = cols;
+    s.across = (cols + s.C - 1) / s.C;
+    s.count = s.across * ((rows + s.R - 1) / s.R);
+    return s;
+}
+
+// f(k, unit) for every element k of the tile.
+template <class G, class F> HD void elements(G g, const TileShape& t, F f) {
+    if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); });
+    else
+        for (int r = 0; r < t.R; r++) {
+            int row = r << t.shift, units = r / 16 << t.shift;
+            g.each(t.C, [&](int c) { f(row + c, units + c); });
+        }
+}
+// to[unit] = the 16 values of the unit under op, in a fixed order.
+template <class G, class V, class Op> HD void units(G g, const TileShape& t, float* to, V value, Op op) {
+    if (t.along_row) g.fold16(tile_units, [&](int i, int j) { return value(16 * i + j, i); }, op, to);
+    else
+        for (int b = 0; b < t.R / 16; b++) {
+            int first = b * 16 << t.shift, u = b << t.shift, C = t.C;
+            g.fold_rows16(C, [&](int j, int c) { return value(first + j * C + c, u + c); }, op, to + u);
+        }
+}
+// Gives every unit of a block what op makes of the block's units.
+template <class G, class Op> HD void combine(G g, const TileShape& t, float* x, float* group, bool square, bool wide, Op op) {
+    if (wide) {
+        int apart = t.along_row ? 1 : t.C;
+        g.sync();
+        g.each(tile_units / 2, [&](int i) {
+            int a = t.along_row ? 2 * i : (i >> t.shift) * 2 * t.C + (i & (t.C - 1));
+            x[a] = x[a + apart] = op(x[a], x[a + apart]);
+        });
+    }
+    if (square) {
+        g.sync();
+        g.fold16(16, [&](int i, int j) { return x[16 * i + j]; }, op, group);
+        g.sync();
+        if (wide) g.each(8, [&](int i) { group[2 * i] = group[2 * i + 1] = op(group[2 * i], group[2 * i + 1]); });
+        g.sync();
+        g.grid16(16, [&](int i, int j) { x[16 * i + j] = group[i]; });
+    }
+    g.sync();
+}
+
+template <class G, class T> HD void load_tile(G g, const TileShape& t, float* v, const T* from, int64_t r0, int64_t c0) {
+    int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+    if (height < t.R || width < t.C) g.each(tile_size, [&](int k) { v[k] = 0; });
+    g.sync();
+    int64_t ld = t.cols;
+    const T* corner = from + r0 * ld + c0;
+    g.tile(height, width, t.shift, [&](int r, int c) { v[(r << t.shift) + c] = (float)load(corner + r * ld + c); });
+    g.sync();
+}
+
+// In place: every n elements along the axis times their signs, then times the n x n Sylvester-Hadamard matrix over sqrt(n).
+template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, const float* sign) {
+    elements(g, t, [&](int k, int) { v[k] *= sign[(t.along_row ? k : k >> t.shift) & (n - 1)]; });
+    for (int h = 1; h < n; h *= 2) {
+        g.sync();
+        int apart = t.along_row ? h : h << t.shift;                                 // a power of two: element k meets k + apart
+        if (apart >= 16)
+            g.grid16(tile_size / 32, [&](int i, int j) {
+                int k = ((16 * i & ~(apart - 1)) << 1) + (16 * i & (apart - 1)) + j;
+                float a = v[k], b = v[k + apart];
+                v[k] = a + b, v[k + apart] = a - b;
+            });
+        else
+            g.each(tile_size / 2, [&](int i) {
+                int k = ((i & ~(apart - 1)) << 1) + (i & (apart - 1));
+                float a = v[k], b = v[k + apart];
+                v[k] = a + b, v[k + apart] = a - b;
+            });
+    }
+    float root = n == 16 ? 0.25f : n == 32 ? 0.17677669f : n == 64 ? 0.125f : 0.088388346f;
+    g.sync();
+    elements(g, t, [&](int k, int) { v[k] *= root; });
+    g.sync();
+}
+
+// TransformerEngine's signs (nvfp4_tensor.py, get_wgrad_sign_vector), repeated; or the bits of one draw; or none.
+template <class G> HD void hadamard_signs(G g, float* sign, Signs kind, Words random) {
+    const uint32_t fixed = 0xd7e8;                                                  // bit i set: element i is negated
+    g.each(128, [&](int i) {
+        uint32_t bit = kind == Signs::plus ? 0 : kind == Signs::fixed ? fixed >> (i & 15) : random.w[i / 32] >> (i & 31);
+        sign[i] = bit & 1 ? -1.f : 1.f;
+    });
+    g.sync();
+}
+
+// 16 bits for every element, named by its place in the matrix: 128 neighbours of a row share 16 draws, lane c % 16 of each run of 16.
+template <class G> HD void draw_tile(G g, const TileShape& t, uint16_t* random, RandomKey key, int64_t r0, int64_t c0) {
+    int64_t groups = (t.cols + 127) / 128;
+    int parts = t.C < 128 ? t.C / 16 : 8, per_row = t.C < 128 ? 1 : t.C / 128, first = (int)(c0 % 128) / 16;
+    g.grid16(t.R * per_row, [&](int i, int lane) {
+        int r = i / per_row, part = i % per_row;
+        uint64_t block = (uint64_t)((r0 + r) * groups + c0 / 128 + part) * 16;
+        Words w = philox(key, (uint32_t)block | (uint32_t)lane, (uint32_t)(block >> 32));
+        uint16_t* to = random + (r << t.shift) + part * 128 + lane;
+        for (int p = 0; p < 8; p++)
+            if (p >= first && p < first + parts) to[(p - first) * 16] = (uint16_t)(w.w[p / 2] >> 16 * (p % 2));
+    });
+    g.sync();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Quantising
+
+struct quantise_amax; struct quantise_scale; struct quantise_tiles; struct quantise_tally;
+
+// What one call works on. scale (2 floats: S_enc, S_dec) and partial (quantise_partials() floats) are scratch that the call fills.
+// `key` names the draws of stochastic rounding, `sign_key` those of random signs: the two operands of a GEMM share it.
+struct QuantCall {
+    Operand cell;
+    Axis axis;
+    int64_t rows, cols;
+    RandomKey key, sign_key;
+    float *scale, *partial;
+    float* tally = nullptr;         // where to add the four sums of Tally over one tile in 64; null: nowhere
+};
+// Sums over sampled elements x and their quantised values y: (y - x)^2, x^2, elements that became zero, elements beyond the largest
+// code; and how many were looked at.
+struct Tally { float error, energy, zero, saturated, count; };
+constexpr int tally_every = 64;
+
+// A tensor core's operand: codes of (outer x inner) with the contracted axis inner, padded to whole blocks; one scale byte a block.
+// Square blocks repeat their scale for each of their outer rows.
+enum class ScaleOrder { plain, tiled };         // row-major; or in tiles of 128 x 4, as cuBLASLt and tcgen05 read them
+struct Packed {
+    uint8_t *codes = nullptr, *scales = nullptr;
+    ScaleOrder order = ScaleOrder::plain;
+};
+inline int64_t packed_inner(Operand c, int64_t inner) { return (inner + block_length(c.format) - 1) / block_length(c.format) * block_length(c.format); }
+inline size_t packed_bytes(Operand c, int64_t outer, int64_t inner) { return (size_t)(outer * packed_inner(c, inner) / (is_4bit(c.format) ? 2 : 1)); }
+HD int64_t scale_offset(int64_t r, int64_t b, int64_t blocks, ScaleOrder order) {
+    if (order == ScaleOrder::plain) return r * blocks + b;
+    return (r / 128 * ((blocks + 3) / 4) + b / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + b % 4;
+}
+inline size_t packed_scale_bytes(Operand c, int64_t outer, int64_t inner, ScaleOrder order) {
+    int64_t blocks = packed_inner(c, inner) / block_length(c.format);
+    return (size_t)(order == ScaleOrder::plain ? outer * blocks : (outer + 127) / 128 * ((blocks + 3) / 4) * 512);
+}
+
+inline bool has_tensor_scale(Format f) { return is_quantised(f) && !is_mx(f); }
+
+constexpr int64_t amax_chunk = 16384;
+inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
+    int64_t tiles = std::max(tile_shape(c, Axis::row, rows, cols).count, tile_shape(c, Axis::column, rows, cols).count);
+    return std::max((rows * cols + amax_chunk - 1) / amax_chunk, tiles + 5 * (tiles / tally_every + 1));
+}
+
+// |x| for a maximum that a NaN must win: infinity stands for both.
+HD float magnitude_or_infinity(float x) {
+    uint32_t u = bits_of(x) & 0x7fffffffu;
+    return float_of(u < 0x7f800000u ? u : 0x7f800000u);
+}
+
+// scale[0] = S_enc, scale[1] = S_dec from the amax of the whole matrix (after the Hadamard, where there is one).
+template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From* from) {
+    int64_t n = q.rows * q.cols, parts;
+    acc_t unused = 0;
+    (void)unused;
+    float* partial = q.partial;
+    if (q.cell.hadamard) {
+        TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
+        Operand cell = q.cell;
+        RandomKey sign_key = q.sign_key;
+        parts = t.count;
+        for_tiles<quantise_amax, QuantStage>(ctx, {n * sizeof(From) * 1., 0}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
+            hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
+            load_tile(g, t, s.v, from, i / t.across * t.R, i % t.across * t.C);
+            hadamard(g, t, s.v, cell.hadamard, s.sign);
+            acc_t m = g.max(tile_size, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, (const float*)s.v);
+            if (g.lane() == 0) partial[i] = (float)m;
+        });
+    } else {
+        parts = (n + amax_chunk - 1) / amax_chunk;
+        for_rows<quantise_amax, 256>(ctx, {n * sizeof(From) * 1., 0}, parts, KERNEL(Group<256> g, int64_t r) {
+            int64_t first = r * amax_chunk;
+            acc_t m = g.max((int)(n - first < amax_chunk ? n - first : amax_chunk), [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + first);
+            if (g.lane() == 0) partial[r] = (float)m;
+        });
+    }
+    float* scale = q.scale;
+    float full = scale_rule(q.cell).full;
+    for_rows<quantise_scale, 256>(ctx, {parts * sizeof(float) * 1., 0}, 1, KERNEL(Group<256> g, int64_t) {
+        float amax = (float)g.max((int)parts, [](acc_t v) { return v; }, (const float*)partial);
+        float enc = full / amax;
+        enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+        if (amax == 0) enc = 1;
+        if (g.lane() == 0) scale[0] = enc, scale[1] = is_finite(amax) ? 1.f / enc : float_of(0x7fc00000u);
+    });
+}
+
+// The scale of a block of this amax: `code` multiplies elements into the grid, `value` (the scale byte's value) multiplies codes.
+struct BlockScale { float code, value; };
+HD BlockScale nvfp4_scale(float base, float S_dec) {
+    float s = round_nearest(base, e4m3), enc = 1.f / (s * S_dec);
+    enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+    return {s == 0 ? 0.f : enc, s};
+}
+HD BlockScale mx_scale(float amax, Minifloat f, bool ceil) {
+    uint32_t e = ceil ? e8m0_ceil(amax, f) : e8m0_floor(amax, f);
+    return {inverse_e8m0(e), decode_e8m0(e)};
+}
+
+// Stores a value that has at most 8 significant bits: the upper half of the float is all of it.
+HD void store_exact(bf16* p, float v) { p->bits = (uint16_t)(bits_of(v) >> 16); }
+template <class T> HD void store_exact(T* p, float v) { *p = v; }
+
+// to (rows x cols, in `from`'s layout) = code times block scale of every element of `from`; and, where asked, the packed form.
+// Call tensor_scale() first for formats that have one.
+template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* to, const From* from, Packed packed = {}) {
+    TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
+    Operand cell = q.cell;
+    RandomKey key = q.key, sign_key = q.sign_key;
+    Minifloat f = element_of(cell.format);
+    ScaleRule rule = scale_rule(cell);
+    bool blocks = has_blocks(cell.format), mx = is_mx(cell.format), square = blocks && cell.block == Block::square, wide = block_length(cell.format) == 32;
+    bool stochastic = cell.rounding == Rounding::stochastic, choose = cell.format == Format::nvfp4 && cell.scale == Scale::four_six;
+    bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell.format), down = q.axis == Axis::column, nibbles = is_4bit(cell.format);
+    const float* scale = q.scale;
+    float* tally = q.tally ? q.partial + t.count : nullptr;
+    int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / block_length(cell.format);
+    (void)outer;
+    Cost cost = {(double)q.rows * q.cols * (sizeof(From) + (to ? sizeof(To) : 0) + (packed.codes ? 1 : 0)), 0};
+    for_tiles<quantise_tiles, QuantStage>(ctx, cost, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
+        int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
+        float S_enc = tensor ? scale[0] : 1.f, S_dec = tensor ? scale[1] : 1.f;
+        load_tile(g, t, s.v, from, r0, c0);
+        if (cell.hadamard) {
+            hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
+            hadamard(g, t, s.v, cell.hadamard, s.sign);
+        }
+        if (stochastic) draw_tile(g, t, s.random, key, r0, c0);
+
+        // Scales of every unit.
+        if (blocks) {
+            auto larger = [](float a, float b) { return a > b ? a : b; };
+            units(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, larger);
+            combine(g, t, s.amax, s.group, square, wide, larger);
+        }
+        float per_amax = S_enc * rule.inverse_top;
+        if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
+        else if (mx) g.each(tile_units, [&](int u) {
+            BlockScale b = mx_scale(s.amax[u], f, ceil);
+            s.enc[u] = b.code, s.dec[u] = b.value;
+        });
+        else g.each(tile_units, [&](int u) {
+            float base = s.amax[u] * per_amax;
+            BlockScale b = nvfp4_scale(base < 3.40282347e38f ? base : 3.40282347e38f, S_dec);
+            s.enc[u] = b.code, s.dec[u] = b.value;
+        });
+        g.sync();
+        auto code_of = [&](float v, int k) { return stochastic ? round_stochastic(v, s.random[k], f) : round_nearest(v, f); };
+
+        // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
+        if (choose) {
+            auto sum = [](float a, float b) { return a + b; };
+            g.each(tile_units, [&](int u) {
+                BlockScale b = nvfp4_scale(1.5f * (s.amax[u] * per_amax), S_dec);
+                s.enc4[u] = b.code, s.dec4[u] = b.value;
+            });
+            g.sync();
+            units(g, t, s.err6, [&](int k, int u) {
+                float d = code_of(s.v[k] * s.enc[u], k) * s.dec[u] * S_dec - s.v[k];
+                return d * d;
+            }, sum);
+            units(g, t, s.err4, [&](int k, int u) {
+                float d = code_of(s.v[k] * s.enc4[u], k) * s.dec4[u] * S_dec - s.v[k];
+                return d * d;
+            }, sum);
+            combine(g, t, s.err6, s.group, square, false, sum);
+            combine(g, t, s.err4, s.group, square, false, sum);
+            g.each(tile_units, [&](int u) {
+                bool four = s.err4[u] < s.err6[u];
+                s.enc[u] = four ? s.enc4[u] : s.enc[u], s.dec[u] = four ? s.dec4[u] : s.dec[u];
+            });
+            g.sync();
+        }
+
+        if (tally && i % tally_every == 0)
+            for (int what = 0; what < 5; what++) {
+                elements(g, t, [&](int k, int u) {
+                    float x = s.v[k], y = code_of(x * s.enc[u], k) * s.dec[u] * S_dec;
+                    s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? x * x : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
+                           : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f) : 1.f;
+                });
+                g.sync();
+                float total = (float)g.sum(tile_size, [](acc_t v) { return v; }, (const float*)s.e);
+                if (g.lane() == 0) tally[5 * (i / tally_every) + what] = total;
+                g.sync();
+            }
+
+        // Elements: nearest and stochastic apart, so that the loop of either is straight.
+        if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
+        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
+        g.sync();
+        if (packed.codes) {
+            int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
+            int64_t o0 = down ? c0 : r0, i0 = down ? r0 : c0, ld = nibbles ? inner / 2 : inner, step = nibbles ? 2 : 1;
+            g.each(tile_size / (int)step, [&](int j) {
+                int in = (int)(j * step) % long_, out_ = (int)(j * step) / long_;
+                if (o0 + out_ >= outer || i0 + in >= inner) return;
+                int k = down ? (in << t.shift) + out_ : (out_ << t.shift) + in, next = k + (down ? t.C : 1);
+                uint8_t code = encode(s.v[k], f);
+                if (nibbles) code = (uint8_t)(code | encode(s.v[next], f) << 4);
+                packed.codes[(o0 + out_) * ld + (i0 + in) / step] = code;
+            });
+            int length = wide ? 32 : 16;
+            if (blocks) g.each(tile_size / length, [&](int j) {
+                int in = j * length % long_, out_ = j * length / long_;
+                if (o0 + out_ >= outer || i0 + in >= inner) return;
+                int r = down ? in : out_, c = down ? out_ : in;
+                float d = s.dec[t.along_row ? ((r << t.shift) + c) / 16 : (r / 16 << t.shift) + c];
+                uint8_t byte = mx ? (uint8_t)(is_finite(d) ? bits_of(d) >> 23 : 255) : encode(d, e4m3);
+                packed.scales[scale_offset(o0 + out_, (i0 + in) / length, per_row, packed.order)] = byte;
+            });
+        }
+        if (!to) return;
+        if (blocks) {
+            g.sync();
+            elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
+            g.sync();
+        }
+        int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+        int64_t ld = t.cols;
+        To* corner = to + r0 * ld + c0;
+        g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * ld + c, s.v[(r << t.shift) + c]); });
+    });
+    if (q.tally) {
+        float* totals = q.tally;
+        const float* parts = q.partial + t.count;
+        int64_t sampled = (t.count + tally_every - 1) / tally_every;
+        for_rows<quantise_tally, 8>(ctx, {}, 5, KERNEL(Group<8> g, int64_t what) {
+            float total = 0;
+            for (int64_t k = 0; k < sampled; k++) total += parts[5 * k + what];
+            if (g.lane() == 0) totals[what] += total;
+        });
+    }
+}
