@@ -205,7 +205,7 @@ inline int64_t parameter_count(const std::vector<Tensor>& table, bool body_only 
 
 struct init_weights; struct embedding_forward; struct embedding_backward; struct residual_rmsnorm_forward;
 struct rmsnorm_backward; struct sum_chunks; struct rope; struct swiglu_forward; struct swiglu_backward; struct cross_entropy;
-struct sum_rows; struct square_chunks; struct adamw;
+struct sum_rows; struct square_chunks; struct copy_chunks; struct product_chunks; struct adamw;
 
 constexpr int64_t chunk = 16384;                                              // elements of a flat array that one group works on
 inline int64_t chunks_of(int64_t n) { return (n + chunk - 1) / chunk; }
@@ -381,6 +381,25 @@ inline void sum_squares(Ctx& ctx, acc_t* partial, const acc_t* x, int64_t n) {
     });
 }
 
+// to = from, n elements.
+inline void copy(Ctx& ctx, acc_t* to, const acc_t* from, int64_t n) {
+    for_rows<copy_chunks, 256>(ctx, {2. * n * sizeof(acc_t), 0}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
+        g.map((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [](acc_t& o, acc_t v) { o = v; }, out(to + r * chunk), from + r * chunk);
+    });
+}
+
+// partial[0][c], [1][c], [2][c] = the sums over chunk c of a a, b b and a b.
+inline void products(Ctx& ctx, acc_t* partial, const acc_t* a, const acc_t* b, int64_t n) {
+    int64_t chunks = chunks_of(n);
+    for_rows<product_chunks, 256>(ctx, {2. * n * sizeof(acc_t), 6. * n}, chunks, KERNEL(Group<256> g, int64_t r) {
+        int size = (int)(n - r * chunk < chunk ? n - r * chunk : chunk);
+        const acc_t *p = a + r * chunk, *q = b + r * chunk;
+        acc_t aa = g.sum(size, [](acc_t v) { return v * v; }, p), bb = g.sum(size, [](acc_t v) { return v * v; }, q);
+        acc_t ab = g.sum(size, [](acc_t v, acc_t u) { return v * u; }, p, q);
+        if (g.lane() == 0) partial[r] = aa, partial[chunks + r] = bb, partial[2 * chunks + r] = ab;
+    });
+}
+
 struct AdamW {
     acc_t lr, beta1, beta2, eps, decay;        // decay is 0 for tensors that are not decayed
     acc_t clip;                                // what gradients are multiplied by
@@ -407,7 +426,34 @@ inline void adamw_step(Ctx& ctx, acc_t* w, acc_t* m, acc_t* v, const acc_t* grad
 enum class Recompute { none = 0, norms = 1, block = 2 };
 
 struct LayerWeights { acc_t *attn_norm, *ffn_norm; };
-struct LayerLinears { Linear qkv, o, gate_up, down; };
+struct LayerLinears {
+    Linear qkv, o, gate_up, down;
+    Linear* all[4] = {&qkv, &o, &gate_up, &down};
+    LayerLinears() = default;
+    LayerLinears(const LayerLinears&) = delete;                           // `all` points into this very object
+};
+constexpr const char* linear_classes[] = {"qkv", "o", "gate_up", "down"};
+
+// Which linear layers leave the run's recipe for bf16, and when. The head always does (and the embedding is no GEMM).
+struct Precision {
+    Recipe recipe, high, late;                 // the run's row; bf16, or the row itself if nothing in it is quantised; near the end
+    Recipe eval;                               // evaluation's row, if eval_own
+    bool eval_own = false;
+    int first = 0, last = 0;                   // blocks in bf16 at either end
+    bool kept[4] = {};                         // classes in bf16 in every block
+    double end = 0;                            // the last fraction of training that runs `late`
+    Precision() = default;
+    Precision(const Recipe* row) : recipe(*row), high(is_quantised(*row) ? *find_recipe("bf16") : *row), late(*row), eval(*row) {}
+};
+enum class Use { train, evaluate, reference }; // reference: everything in bf16, what a shadow step compares with
+
+// The row by which linear layer `kind` of block `layer` runs. progress: share of training that is done.
+inline const Recipe* recipe_of(const Precision& p, int layers, int layer, int kind, Use use, double progress) {
+    if (use == Use::reference) return find_recipe("bf16");
+    if (use == Use::evaluate && p.eval_own) return &p.eval;
+    if (layer < p.first || layer >= layers - p.last || p.kept[kind]) return &p.high;
+    return p.end > 0 && progress >= 1 - p.end ? &p.late : &p.recipe;
+}
 
 // Activations of one layer. With recomputation several layers share a buffer.
 struct LayerActs {
@@ -438,10 +484,13 @@ struct Model {
     Recompute recompute = Recompute::none;
 
     acc_t *params = nullptr, *grads = nullptr, *m = nullptr, *v = nullptr;
+    acc_t* shadow = nullptr;                                 // a second gradient arena, if shadow steps are asked for
+    bool shadows = false;
     acc_t *embed_w, *embed_grad, *final_norm, *final_norm_grad;
     std::vector<LayerWeights> weights, weight_grads;
-    std::vector<LayerLinears> linears;
+    std::unique_ptr<LayerLinears[]> linears;
     Linear head;
+    Precision precision;
 
     std::vector<LayerActs> acts;
     act_t *y, *x_final, *h_final;                            // (N, C) each: a branch's output; the stream's end; its rmsnorm
@@ -449,10 +498,11 @@ struct Model {
     acc_t* logits;                                           // (head_rows, V)
     int64_t head_rows;
     act_t *dx, *dh, *d_wide;                                 // gradients of: the stream (N, C); a norm's or attention's output; ds, dqkv
-    acc_t *delta, *partial, *norm_partial;                   // (N, H); (norm_chunks, C); (chunks of the arena)
+    acc_t *delta, *partial, *norm_partial;                   // (N, H); (norm_chunks, C); (3, chunks of the arena)
     acc_t *cosine, *sine;                                    // (T, D/2)
     int *tokens, *targets, *bucket_token, *bucket_start, *bucket_order;
     OperandScratch operands;
+    float* tally;                                            // (operand_count, 5): the quantiser's Tally of each operand
     MemoryPlan plan;
 };
 
@@ -460,7 +510,7 @@ struct Model {
 inline int64_t head_chunk(int64_t N, int64_t V) { return std::min(N, std::max<int64_t>(256, ((on_gpu ? 256 : 16) << 20) / V / 256 * 256)); }
 
 // Points every buffer of the model at memory, or only measures (base pointers null). `train`: gradients, optimiser, backward's buffers.
-inline MemoryPlan plan_memory(Model& m, const Recipe* recipe, bool train, char* state_base, char* acts_base, char* scratch_base) {
+inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts_base, char* scratch_base) {
     const Config& c = m.config;
     int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
     int64_t L = c.layers, V = c.vocab;
@@ -468,7 +518,9 @@ inline MemoryPlan plan_memory(Model& m, const Recipe* recipe, bool train, char* 
 
     Arena state{state_base};
     m.params = state.take<acc_t>(m.arena), plan.parameters = state.used;
-    m.grads = train ? state.take<acc_t>(m.arena) : nullptr, plan.gradients = state.used - plan.parameters;
+    m.grads = train ? state.take<acc_t>(m.arena) : nullptr;
+    m.shadow = train && m.shadows ? state.take<acc_t>(m.arena) : nullptr;
+    plan.gradients = state.used - plan.parameters;
     m.m = train ? state.take<acc_t>(m.arena) : nullptr;
     m.v = train ? state.take<acc_t>(m.arena) : nullptr;
     plan.optimiser = state.used - plan.parameters - plan.gradients;
@@ -504,19 +556,29 @@ inline MemoryPlan plan_memory(Model& m, const Recipe* recipe, bool train, char* 
     if (train) {
         m.dx = scratch.take<act_t>(N * C), m.dh = scratch.take<act_t>(N * std::max(C, A)), m.d_wide = scratch.take<act_t>(N * std::max(F, Q));
         m.delta = scratch.take<acc_t>(N * c.heads), m.partial = scratch.take<acc_t>(norm_chunks(N) * C);
-        m.norm_partial = scratch.take<acc_t>(chunks_of(m.arena));
+        m.norm_partial = scratch.take<acc_t>(3 * chunks_of(m.arena));
         m.bucket_token = scratch.take<int>(N), m.bucket_start = scratch.take<int>(N + 1), m.bucket_order = scratch.take<int>(N);
     }
-    // Operands of the widest GEMM: a holds X or D, b holds W or X.
+    // Operands of the widest GEMM (a holds X or D, b holds W or X) under every row that may run.
     size_t a = 0, b = 0;
+    int64_t partials = 0;
     Type act = type_of<act_t>(), acc = type_of<acc_t>();
-    auto widen = [&](int64_t rows, int64_t in, int64_t out, Type d) {
-        a = std::max({a, operand_bytes(recipe->fprop_x, act, rows * in), operand_bytes(recipe->dgrad_d, d, rows * out), operand_bytes(recipe->wgrad_d, d, rows * out)});
-        b = std::max({b, operand_bytes(recipe->fprop_w, acc, in * out), operand_bytes(recipe->dgrad_w, acc, in * out), operand_bytes(recipe->wgrad_x, act, rows * in)});
+    auto widen = [&](const Recipe& r, int64_t rows, int64_t in, int64_t out, Type d) {
+        const Operand* c = r.cell;
+        a = std::max({a, operand_bytes(c[fprop_x], act, rows * in), operand_bytes(c[dgrad_d], d, rows * out), operand_bytes(c[wgrad_d], d, rows * out)});
+        b = std::max({b, operand_bytes(c[fprop_w], acc, in * out), operand_bytes(c[dgrad_w], acc, in * out), operand_bytes(c[wgrad_x], act, rows * in)});
+        for (int i = 0; i < operand_count; i++)
+            if (is_quantised(c[i].format))
+                partials = std::max({partials, quantise_partials(c[i], rows, in), quantise_partials(c[i], rows, out), quantise_partials(c[i], out, in)});
     };
-    widen(N, C, Q, act), widen(N, A, C, act), widen(N, C, 2 * F, act), widen(N, F, C, act), widen(m.head_rows, C, V, acc);
+    const Precision& p = m.precision;
+    for (const Recipe* r : {&p.recipe, &p.high, &p.late, &p.eval, m.shadows ? find_recipe("bf16") : &p.high})
+        widen(*r, N, C, Q, act), widen(*r, N, A, C, act), widen(*r, N, C, 2 * F, act), widen(*r, N, F, C, act);
+    widen(p.high, m.head_rows, C, V, acc);
     m.operands.a = a ? scratch.take<char>(a) : nullptr;
     m.operands.b = b ? scratch.take<char>(b) : nullptr;
+    m.operands.scales = scratch.take<float>(4), m.operands.partial = scratch.take<float>(partials);
+    m.tally = scratch.take<float>(operand_count * 5);
     plan.scratch = scratch.used;
 
     size_t rope_bytes = scratch.used;
@@ -525,22 +587,31 @@ inline MemoryPlan plan_memory(Model& m, const Recipe* recipe, bool train, char* 
     return plan;
 }
 
-// The model's shape and memory plan, nothing allocated.
-inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute recompute, const Recipe* recipe, bool train) {
-    m.config = c, m.B = B, m.T = T, m.recompute = recompute;
+// The model's shape and memory plan, nothing allocated. `shadows`: room for a second gradient.
+inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute recompute, const Precision& precision, bool train, bool shadows = false) {
+    m.config = c, m.B = B, m.T = T, m.recompute = recompute, m.precision = precision, m.shadows = shadows;
     m.tensors = tensor_table(c);
     m.arena = arena_size(m.tensors);
-    return m.plan = plan_memory(m, recipe, train, nullptr, nullptr, nullptr);
+    return m.plan = plan_memory(m, train, nullptr, nullptr, nullptr);
+}
+
+// Points every linear layer at the row it runs by.
+inline void set_recipes(Model& m, Use use, double progress) {
+    const Precision& p = m.precision;
+    for (int l = 0; l < m.config.layers; l++)
+        for (int kind = 0; kind < 4; kind++) m.linears[l].all[kind]->recipe = recipe_of(p, m.config.layers, l, kind, use, progress);
+    m.head.recipe = use == Use::reference ? find_recipe("bf16") : &p.high;
+    m.operands.nearest = use == Use::evaluate;
 }
 
 // Allocates what measure() planned and binds weights to it. Parameters are zero until initialised or loaded.
-inline void allocate(Ctx& ctx, Model& m, const Recipe* recipe, bool train) {
+inline void allocate(Ctx& ctx, Model& m, bool train) {
     const Config& c = m.config;
     MemoryPlan p = m.plan;
     char* state = (char*)device_alloc(p.parameters + p.gradients + p.optimiser, "parameters and optimiser");
     char* acts = (char*)device_alloc(p.activations, "activations");
     char* scratch = (char*)device_alloc(p.scratch + p.tables, "scratch");
-    plan_memory(m, recipe, train, state, acts, scratch);
+    plan_memory(m, train, state, acts, scratch);
 
     std::vector<acc_t> cosine, sine;
     rope_table(cosine, sine, c, m.T);
@@ -555,12 +626,12 @@ inline void allocate(Ctx& ctx, Model& m, const Recipe* recipe, bool train) {
     auto linear = [&](const char* name) {
         const Tensor& t = m.tensors[next];
         std::string n = name;
-        Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), recipe};
+        Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), nullptr, (uint32_t)next};
         next++;
         return l;
     };
     take(m.embed_w, m.embed_grad);
-    m.weights.resize(c.layers), m.weight_grads.resize(c.layers), m.linears.resize(c.layers);
+    m.weights.resize(c.layers), m.weight_grads.resize(c.layers), m.linears.reset(new LayerLinears[c.layers]);
     for (int l = 0; l < c.layers; l++) {
         take(m.weights[l].attn_norm, m.weight_grads[l].attn_norm);
         m.linears[l].qkv = linear("qkv");
@@ -572,6 +643,7 @@ inline void allocate(Ctx& ctx, Model& m, const Recipe* recipe, bool train) {
     take(m.final_norm, m.final_norm_grad);
     if (c.tied) next = 0;
     m.head = linear("head");
+    set_recipes(m, Use::train, 0);
 }
 
 inline void initialise(Ctx& ctx, Model& m) {

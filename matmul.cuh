@@ -29,18 +29,20 @@ template <> constexpr Type type_of<bf16>() { return Type::bf16; }
 template <> constexpr Type type_of<double>() { return Type::f64; }
 HD size_t size_of(Type t) { return t == Type::bf16 ? 2 : t == Type::f32 ? 4 : 8; }
 
-// A row-major matrix in memory. transposed(): the same memory, read as its transpose.
+// A row-major matrix in memory. transposed(): the same memory, read as its transpose. scale: one float on the device that
+// multiplies the whole matrix (an FP4 operand's tensor scale), or null.
 struct Mat {
     const void* data;
     Type type;
     int64_t ld;
     bool trans = false;
-    Mat transposed() const { return {data, type, ld, !trans}; }
+    const float* scale = nullptr;
+    Mat transposed() const { return {data, type, ld, !trans, scale}; }
 };
 template <class T> Mat mat(const T* data, int64_t ld) { return {data, type_of<T>(), ld, false}; }
 
-// m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0
-typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool> MatmulKey;
+// m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0, scaled
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool, bool> MatmulKey;
 
 #ifdef __CUDACC__
 // ------------------------------------------------------------------------------------------------------------------- the GPU
@@ -55,11 +57,15 @@ struct MatmulPlans {
     cublasLtHandle_t handle;
     std::map<MatmulKey, Plan> cache;
     void* workspace;
+    float* factors;                                           // on the device: 0, 1, and the scaled product's alpha
     static constexpr size_t workspace_bytes = 32 << 20;       // what cuBLAS recommends for sm_90 and later
 
-    explicit MatmulPlans(Ctx&) {
+    explicit MatmulPlans(Ctx& ctx) {
         CUBLAS(cublasLtCreate(&handle));
         workspace = device_alloc(workspace_bytes, "the matmul workspace");
+        factors = (float*)device_alloc(3 * sizeof(float), "the matmul factors");
+        const float values[3] = {0, 1, 1};
+        to_device(ctx, factors, values, sizeof values);
     }
     static bool bf16_units() { return true; }
     static const char* library() { return "cuBLASLt"; }
@@ -70,13 +76,15 @@ struct MatmulPlans {
     const Plan& plan(const MatmulKey& key) {
         auto found = cache.find(key);
         if (found != cache.end()) return found->second;
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
         (void)add;
         Plan p;
         cublasOperation_t op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N, op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
         CUBLAS(cublasLtMatmulDescCreate(&p.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
         CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
+        cublasLtPointerMode_t where = scaled ? CUBLASLT_POINTER_MODE_DEVICE : CUBLASLT_POINTER_MODE_HOST;
+        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_POINTER_MODE, &where, sizeof where));
         CUBLAS(cublasLtMatrixLayoutCreate(&p.a, cuda_type(type_b), tb ? k : n, tb ? n : k, ldb));
         CUBLAS(cublasLtMatrixLayoutCreate(&p.b, cuda_type(type_a), ta ? m : k, ta ? k : m, lda));
         CUBLAS(cublasLtMatrixLayoutCreate(&p.c, cuda_type(type_c), n, m, ldc));
@@ -106,10 +114,20 @@ struct MatmulPlans {
     }
 };
 
+struct matmul_alpha;
 inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
     const MatmulPlans::Plan& p = ctx.plans->plan(key);
-    float alpha = 1, beta = std::get<11>(key) ? 1 : 0;
-    CUBLAS(cublasLtMatmul(ctx.plans->handle, p.desc, &alpha, b.data, p.a, a.data, p.b, &beta, c, p.c, c, p.c, &p.algo,
+    float one = 1, beta_value = std::get<11>(key) ? 1 : 0;
+    const float *alpha = &one, *beta = &beta_value;
+    if (std::get<12>(key)) {
+        float* product = ctx.plans->factors + 2;
+        const float *sa = a.scale, *sb = b.scale;
+        for_rows<matmul_alpha, 8>(ctx, {}, 1, KERNEL(Group<8> g, int64_t) {
+            if (g.lane() == 0) *product = (sa ? *sa : 1.f) * (sb ? *sb : 1.f);
+        });
+        alpha = product, beta = ctx.plans->factors + (std::get<11>(key) ? 1 : 0);
+    }
+    CUBLAS(cublasLtMatmul(ctx.plans->handle, p.desc, alpha, b.data, p.a, a.data, p.b, beta, c, p.c, c, p.c, &p.algo,
                           ctx.plans->workspace, MatmulPlans::workspace_bytes, ctx.stream));
 }
 #else
@@ -174,7 +192,8 @@ struct MatmulPlans {
     const Plan& plan(const MatmulKey& key) {
         auto found = cache.find(key);
         if (found != cache.end()) return found->second;
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
+        (void)scaled;
         Plan p;
         p.key = key;
 #ifdef METIS_ONEDNN
@@ -219,8 +238,8 @@ struct MatmulPlans {
         for (int i = 0; i < 4; i++) dnnl_memory_set_data_handle(m[i].get(), handles[i]), list[i] = {roles[i], m[i].get()};
         if (dnnl_primitive_execute(p.primitive.get(), stream.get(), 4, list) != dnnl_success) fail("oneDNN cannot run a matmul");
 #else
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = p.key;
-        (void)type_a, (void)type_b, (void)type_c;
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = p.key;
+        (void)type_a, (void)type_b, (void)type_c, (void)scaled;
         plain_tile<acc_t>((acc_t*)c, ldc, {a, type_of<acc_t>(), lda, ta}, {b, type_of<acc_t>(), ldb, tb}, m, n, k, add, (acc_t*)pad);
 #endif
     }
@@ -230,10 +249,20 @@ struct MatmulPlans {
 // rows lie far apart, and 512 of them at a time, added in order, stay in cache: up to 1.4x.
 constexpr int64_t tile_rows = 256, tile_cols = 512, tile_depth = 512;
 
+// c (rows x cols, ld apart) = alpha * t, or += where add: the scaled product's last step. t is contiguous.
+template <class T> void scale_tile(T* c, int64_t ld, const T* t, int64_t rows, int64_t cols, T alpha, bool add) {
+    for (int64_t i = 0; i < rows; i++) {
+        #pragma omp simd
+        for (int64_t j = 0; j < cols; j++) c[i * ld + j] = add ? c[i * ld + j] + alpha * t[i * cols + j] : alpha * t[i * cols + j];
+    }
+}
+
 inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
-    auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add] = key;
+    auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
     const int64_t depth = ta ? tile_depth : k;
     const int64_t rows = (m + tile_rows - 1) / tile_rows, cols = (n + tile_cols - 1) / tile_cols, chunks = (k + depth - 1) / depth;
+    const acc_t alpha = acc_t(a.scale ? *a.scale : 1.f) * acc_t(b.scale ? *b.scale : 1.f);
+    const bool first_adds = add && !scaled;               // a scaled tile is made beside C, then added to it
     const MatmulPlans::Plan* plans[2][2][2][2];           // [last row of tiles?][last column?][last chunk of k?][added to C?]
     for (int i = 0; i < 16; i++) {
         bool last_row = i & 8, last_col = i & 4, last_chunk = i & 2, adds = i & 1;
@@ -241,29 +270,32 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
         std::get<0>(tile) = last_row ? m - (rows - 1) * tile_rows : tile_rows;
         std::get<1>(tile) = last_col ? n - (cols - 1) * tile_cols : tile_cols;
         std::get<2>(tile) = last_chunk ? k - (chunks - 1) * depth : depth;
+        if (scaled) std::get<5>(tile) = std::get<1>(tile), std::get<12>(tile) = false;
         std::get<11>(tile) = adds;
-        bool used = (last_row || rows > 1) && (last_col || cols > 1) && (last_chunk || chunks > 1) && (adds ? add || chunks > 1 : !add);
+        bool used = (last_row || rows > 1) && (last_col || cols > 1) && (last_chunk || chunks > 1) && (adds ? first_adds || chunks > 1 : !first_adds);
         plans[last_row][last_col][last_chunk][adds] = used ? &ctx.plans->plan(tile) : nullptr;
     }
-    const int64_t size_a = size_of(type_a), size_b = size_of(type_b), size_c = size_of(type_c), ld = ldc;
+    const int64_t size_a = size_of(type_a), size_b = size_of(type_b), size_c = size_of(type_c), ld = ldc, height = m, width = n;
     const int64_t row_a = (ta ? 1 : lda) * tile_rows * size_a, deep_a = (ta ? lda : 1) * depth * size_a;
     const int64_t col_b = (tb ? ldb : 1) * tile_cols * size_b, deep_b = (tb ? 1 : ldb) * depth * size_b;
     const char *pa = (const char*)a.data, *pb = (const char*)b.data;
-    const bool first_adds = add;
+    const bool beside = scaled, adding = add;
     #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
     for (int64_t t = 0; t < rows * cols; t++) {
         int64_t i = t / cols, j = t % cols;
         char* pc = (char*)c + (i * tile_rows * ld + j * tile_cols) * size_c;
+        char* to = beside ? (char*)ctx.scratch(0, tile_rows * tile_cols * size_c) : pc;
         for (int64_t p = 0; p < chunks; p++)
-            ctx.plans->run(ctx, *plans[i == rows - 1][j == cols - 1][p == chunks - 1][p > 0 || first_adds], pc,
+            ctx.plans->run(ctx, *plans[i == rows - 1][j == cols - 1][p == chunks - 1][p > 0 || first_adds], to,
                            pa + i * row_a + p * deep_a, pb + j * col_b + p * deep_b);
+        if (beside) scale_tile((acc_t*)pc, ld, (const acc_t*)to, std::min(tile_rows, height - i * tile_rows), std::min(tile_cols, width - j * tile_cols), alpha, adding);
     }
 }
 #endif
 
-// C (m x n) = A (m x k) B (k x n) + beta C, beta 0 or 1. `name` is the profiler's. C never overlaps A or B.
+// C (m x n) = alpha A (m x k) B (k x n) + beta C, alpha the product of the operands' scales, beta 0 or 1. `name` is the profiler's. C never overlaps A or B.
 template <class T> void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta) {
     double bytes = double(m) * k * size_of(a.type) + double(k) * n * size_of(b.type) + double(m) * n * sizeof(T) * (1 + beta);
     Launch launch(ctx, name, {bytes, 2.0 * m * n * k});
-    matmul_run(ctx, c, a, b, MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, type_of<T>(), beta != 0));
+    matmul_run(ctx, c, a, b, MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, type_of<T>(), beta != 0, a.scale || b.scale));
 }

@@ -24,7 +24,11 @@
 struct Options {
     std::string model = on_gpu ? "125m" : "tiny";
     int layers = 0, dim = 0, heads = 0, kv_heads = 0, ffn = 0, vocab = 0;                 // 0: the preset's; vocab: the data's
-    std::string recipe = "bf16", recompute = "none";
+    std::string recipe = "bf16", set, eval_recipe, recompute = "none";
+    int bf16_first = 0, bf16_last = -1;
+    std::string bf16_layers, bf16_end_gemms = "fprop";
+    double bf16_end = 0;
+    int64_t shadow_every = 0, stats_every = 10;
     bool list_recipes = false;
     std::string data = "data/stories.txt", val, tokenizer;
     int64_t steps = 1500;
@@ -77,7 +81,16 @@ static std::vector<Option> option_table(Options& o) {
         {"--ffn", "N", &o.ffn, run, 1, 1 << 20, "the preset's", "inner width of SwiGLU", nullptr},
         {"--vocab", "N", &o.vocab, run, 2, 1 << 24, "the data's", "vocabulary, padded to a multiple of 128 unless given", nullptr},
         {"--recipe", "NAME", &o.recipe, run, 0, 0, nullptr, "how GEMM operands are prepared: a row of --list-recipes", "Precision"},
-        {"--list-recipes", nullptr, &o.list_recipes, here, 0, 0, nullptr, "print the recipe table and exit", nullptr},
+        {"--set", "CHANGES", &o.set, run, 0, 0, "none", "change cells of the recipe: wgrad_d.rounding=stochastic,all.scale=headroom", nullptr},
+        {"--list-recipes", nullptr, &o.list_recipes, here, 0, 0, nullptr, "print the recipe table (with --set: changed) and exit", nullptr},
+        {"--bf16-first", "N", &o.bf16_first, run, 0, 1000, nullptr, "blocks at the start whose linear layers stay in bf16", nullptr},
+        {"--bf16-last", "N", &o.bf16_last, run, 0, 1000, "the recipe's", "blocks at the end whose linear layers stay in bf16", nullptr},
+        {"--bf16-layers", "LIST", &o.bf16_layers, run, 0, 0, "none", "layers that stay in bf16 in every block, of qkv,o,gate_up,down; the head always does", nullptr},
+        {"--bf16-end", "X", &o.bf16_end, run, 0, 1, nullptr, "the last part of training, 0 to 1, that goes on in bf16", nullptr},
+        {"--bf16-end-gemms", "WHICH", &o.bf16_end_gemms, run, 0, 0, nullptr, "what --bf16-end turns to bf16: fprop or all", nullptr},
+        {"--eval-recipe", "NAME", &o.eval_recipe, kept, 0, 0, "the run's, rounded to nearest", "evaluate and sample by another row", nullptr},
+        {"--shadow-every", "N", &o.shadow_every, kept, 0, big, "0: never", "steps between shadow steps: the batch once more in bf16, gradients compared", nullptr},
+        {"--stats-every", "N", &o.stats_every, kept, 0, big, nullptr, "steps between quantisation statistics in log.jsonl; 0: none", nullptr},
         {"--data", "FILES", &o.data, run, 0, 0, nullptr, "text or llm.c .bin shards: paths or quoted globs, comma-separated", "Data"},
         {"--val", "FILES", &o.val, run, 0, 0, "the last 1% of --data", "held-out data", nullptr},
         {"--tokenizer", "FILE", &o.tokenizer, kept, 0, 0, "bytes", "tiktoken ranks or llm.c's gpt2_tokenizer.bin, to show samples of token data as text", nullptr},
@@ -190,13 +203,17 @@ static void print_help(const std::vector<Option>& table) {
         printf("  %-12s %6d %4d %5d %2d %5d %5d %4d %g\n", p.name, p.layers, p.dim, p.heads, p.kv_heads, p.ffn, p.batch, p.seq, p.lr);
 }
 
-static void list_recipes() {
-    auto cell = [](Operand o) { return o.format == Format::f32 ? "float" : "bf16"; };
-    printf("%-8s| %-6s %-6s| %-6s %-6s| %-6s %-6s|\n", "", "fprop", "", "dgrad", "", "wgrad", "");
-    printf("%-8s| %-6s %-6s| %-6s %-6s| %-6s %-6s|\n", "recipe", "X", "W", "D", "W", "D", "X");
-    for (const Recipe& r : recipes)
-        printf("%-8s| %-6s %-6s| %-6s %-6s| %-6s %-6s| %s\n", r.name, cell(r.fprop_x), cell(r.fprop_w), cell(r.dgrad_d), cell(r.dgrad_w),
-               cell(r.wgrad_d), cell(r.wgrad_x), r.about);
+static void list_recipes(const std::string& changes) {
+    const char* heads[] = {"fprop X", "W", "dgrad D", "W", "wgrad D", "X"};
+    printf("| recipe ");
+    for (const char* h : heads) printf("| %s ", h);
+    printf("| |\n|---|---|---|---|---|---|---|---|\n");
+    for (Recipe r : recipes()) {
+        set_cells(r, changes);
+        printf("| %s ", r.name.c_str());
+        for (Operand c : r.cell) printf("| %s ", cell_text(c).c_str());
+        printf("| %s |\n", r.about.c_str());
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -207,7 +224,6 @@ struct Run {
     Options o;
     Ctx ctx;
     Model model;
-    const Recipe* recipe;
     Corpus train_data, val_data;
     Split train, val;
     Tokenizer tokenizer;
@@ -276,7 +292,12 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
     };
     one_of("--schedule", o.schedule, {"cosine", "wsd", "constant"});
     one_of("--recompute", o.recompute, {"none", "norms", "block"});
-    if (!find_recipe(o.recipe)) fail("--recipe %s is not in the table; see --list-recipes", printable(o.recipe).c_str());
+    one_of("--bf16-end-gemms", o.bf16_end_gemms, {"fprop", "all"});
+    for (const char* name : {"--recipe", "--eval-recipe"}) {
+        const std::string& row = name[2] == 'r' ? o.recipe : o.eval_recipe;
+        if (!find_recipe(row) && (name[2] == 'r' || !row.empty())) fail("%s %s is not in the table; see --list-recipes", name, printable(row).c_str());
+    }
+    if (given.count("--bf16-end-gemms") && o.bf16_end == 0) fail("--bf16-end-gemms has no effect without --bf16-end X");
     if (o.eval_only && o.sample_only) fail("--eval-only contradicts --sample-only: run them one after the other");
     if (o.profile && (o.eval_only || o.sample_only)) fail("--profile contradicts %s: it profiles steps of training", o.eval_only ? "--eval-only" : "--sample-only");
     bool resuming = given.count("--resume");
@@ -286,8 +307,49 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
     if (o.out.empty() && !resuming)
         for (const char* name : {"--save-every", "--keep"})
             if (given.count(name)) fail("%s has no effect without --out DIR", name);
-    if (on_gpu && type_of<act_t>() == Type::bf16 && o.recipe == "float")
-        fail("--recipe float needs float activations, which this GPU build does not have: build with `make ACT=float`, or use --recipe bf16");
+}
+
+// The rows that the run's linear layers use, from --recipe, --set, --eval-recipe and the --bf16 options.
+static Precision resolve_precision(Options& o) {
+    Precision p(find_recipe(o.recipe));
+    set_cells(p.recipe, o.set);
+    check_recipe(p.recipe);
+    for (const std::string& name : {o.recipe, o.eval_recipe})
+        for (int i = 0; i < operand_count && !name.empty(); i++) {
+            const Recipe& r = name == o.recipe ? p.recipe : *find_recipe(name);
+            if (on_gpu && type_of<act_t>() == Type::bf16 && r.cell[i].format == Format::f32)
+                fail("recipe %s needs float activations, which this GPU build does not have: build with `make ACT=float`, or use --recipe bf16", name.c_str());
+        }
+    p.high = is_quantised(p.recipe) ? *find_recipe("bf16") : p.recipe;
+    p.late = o.bf16_end_gemms == "all" ? p.high : p.recipe;
+    p.late.cell[fprop_x] = p.high.cell[fprop_x], p.late.cell[fprop_w] = p.high.cell[fprop_w];
+    p.end = o.bf16_end;
+    p.eval_own = !o.eval_recipe.empty();
+    p.eval = p.eval_own ? *find_recipe(o.eval_recipe) : p.recipe;
+    if (o.bf16_last < 0) o.bf16_last = (int)std::lround(p.recipe.last_share * o.layers);
+    p.first = o.bf16_first, p.last = o.bf16_last;
+    for (size_t at = 0, comma; at < o.bf16_layers.size(); at = comma + 1) {
+        comma = std::min(o.bf16_layers.find(',', at), o.bf16_layers.size());
+        std::string name = o.bf16_layers.substr(at, comma - at);
+        int kind = 0;
+        while (kind < 4 && name != linear_classes[kind]) kind++;
+        if (kind == 4) fail("--bf16-layers %s: %s is not one of qkv, o, gate_up, down", o.bf16_layers.c_str(), name.c_str());
+        p.kept[kind] = true;
+    }
+    return p;
+}
+
+// A Hadamard needs whole groups along the contracted axis: of every linear layer's in and out, and of the tokens.
+static void check_shapes(const Options& o, const Precision& p, const Config& c) {
+    std::pair<const char*, int64_t> widths[] = {{"--dim", c.dim}, {"heads x head size", (int64_t)c.heads * c.head_dim}, {"--ffn", c.ffn},
+        {"the rows of qkv", ((int64_t)c.heads + 2 * c.kv_heads) * c.head_dim}}, tokens[] = {{"--batch x --seq", (int64_t)o.batch * o.seq}};
+    auto check = [&](int i, const char* name, int64_t size) {
+        int h = p.recipe.cell[i].hadamard;
+        if (h && size % h) fail("the hadamard of %d in %s of recipe %s needs a multiple of %d, and %s is %lld", h, operand_names[i], p.recipe.name.c_str(), h, name, (long long)size);
+    };
+    for (auto [name, size] : widths)
+        for (int i = 0; i < wgrad_d; i++) check(i, name, size);
+    for (auto [name, size] : tokens) check(wgrad_d, name, size);
 }
 
 // Peak to min_lr: linear warmup, then the schedule. The step counts from 1.
@@ -324,6 +386,7 @@ static double evaluate(Run& run) {
     int64_t windows = std::min<int64_t>((int64_t)o.eval_batches * o.batch, run.val.count);
     std::vector<int> tokens((size_t)o.batch * o.seq), targets((size_t)o.batch * o.seq);
     double total = 0;
+    set_recipes(m, Use::evaluate, (double)run.step / o.steps);
     for (int64_t i = 0; i < windows; i += o.batch) {
         int B = (int)std::min<int64_t>(o.batch, windows - i);
         for (int b = 0; b < B; b++)
@@ -347,31 +410,92 @@ static double print_evaluation(Run& run) {
     return loss;
 }
 
-struct StepResult { float loss, norm; bool skipped; };
+// What a shadow step found: the loss above bf16's on the same batch, the relative error and the cosine of the gradient, of all
+// quantised weights together and of every tensor.
+struct Shadow {
+    double loss_gap = 0, error = 0, cosine = 0;
+    std::vector<std::pair<double, double>> tensors;
+};
+struct StepResult {
+    float loss, norm;
+    bool skipped = false, shadowed = false;
+    double shadow_seconds = 0;
+    Shadow shadow;
+    std::vector<Tally> tally;           // of every operand class; empty: not this step
+};
+
+// The mean loss of this step's micro-batches; their gradients, added up, in m.grads.
+static float accumulate(Run& run, Use use) {
+    Ctx& ctx = run.ctx;
+    Model& m = run.model;
+    const Options& o = run.o;
+    int64_t N = (int64_t)o.batch * o.seq;
+    std::vector<int> tokens, targets;
+    set_recipes(m, use, (double)run.step / o.steps);
+    set_zero(ctx, m.grads, m.arena * sizeof(acc_t));
+    set_zero(ctx, m.sums, 2 * sizeof(acc_t));
+    for (int i = 0; i < o.accum; i++) {
+        ctx.step = (uint32_t)run.step, ctx.micro = (uint32_t)i;
+        training_batch(run, run.step * o.accum + i, tokens, targets);
+        forward(ctx, m, tokens.data(), o.batch, o.seq);
+        classify(ctx, m, targets.data(), N, acc_t(1) / (N * o.accum));
+        backward(ctx, m, tokens.data(), o.batch, o.seq);
+    }
+    acc_t sum;
+    to_host(ctx, &sum, m.sums, sizeof sum);
+    return (float)(sum / (N * o.accum));
+}
+
+// The same batch again in bf16, its gradient against the one in m.grads, which is there again afterwards. Nothing else changes.
+static Shadow shadow_step(Run& run, float loss) {
+    Ctx& ctx = run.ctx;
+    Model& m = run.model;
+    Shadow s;
+    copy(ctx, m.shadow, m.grads, m.arena);
+    s.loss_gap = (double)loss - accumulate(run, Use::reference);
+    double all[3] = {};
+    for (const Tensor& t : m.tensors) {
+        int64_t n = (int64_t)t.size(), chunks = chunks_of(n);
+        products(ctx, m.norm_partial, m.shadow + t.offset, m.grads + t.offset, n);
+        std::vector<acc_t> parts(3 * chunks);
+        to_host(ctx, parts.data(), m.norm_partial, parts.size() * sizeof(acc_t));
+        double sums[3] = {};                                                    // q q, h h, q h: quantised and high
+        for (int64_t i = 0; i < 3 * chunks; i++) sums[i / chunks] += parts[i];
+        auto error = [](const double* p) { return std::sqrt(std::max(0., p[0] + p[1] - 2 * p[2]) / p[1]); };
+        auto cosine = [](const double* p) { return p[2] / std::sqrt(p[0] * p[1]); };
+        s.tensors.push_back({error(sums), cosine(sums)});
+        for (int i = 0; i < 3 && t.quantised; i++) all[i] += sums[i];
+        s.error = error(all), s.cosine = cosine(all);
+    }
+    copy(ctx, m.grads, m.shadow, m.arena);
+    return s;
+}
 
 // One optimiser step over --accum micro-batches. A step whose loss or gradient is not finite changes nothing.
 static StepResult train_step(Run& run, double lr) {
     Ctx& ctx = run.ctx;
     Model& m = run.model;
     const Options& o = run.o;
-    int64_t N = (int64_t)o.batch * o.seq;
-    std::vector<int> tokens, targets;
-    set_zero(ctx, m.grads, m.arena * sizeof(acc_t));
-    set_zero(ctx, m.sums, 2 * sizeof(acc_t));
-    for (int i = 0; i < o.accum; i++) {
-        training_batch(run, run.step * o.accum + i, tokens, targets);
-        forward(ctx, m, tokens.data(), o.batch, o.seq);
-        classify(ctx, m, targets.data(), N, acc_t(1) / (N * o.accum));
-        backward(ctx, m, tokens.data(), o.batch, o.seq);
-    }
+    bool tally = o.stats_every && (run.step + 1) % o.stats_every == 0 && is_quantised(m.precision.recipe);
+    if (tally) set_zero(ctx, m.tally, operand_count * sizeof(Tally));
+    m.operands.tally = tally ? m.tally : nullptr;
+    StepResult r;
+    r.loss = accumulate(run, Use::train);
+    m.operands.tally = nullptr;
+    if (tally) r.tally.resize(operand_count), to_host(ctx, r.tally.data(), m.tally, operand_count * sizeof(Tally));
     sum_squares(ctx, m.norm_partial, m.grads, m.arena);
     add_sum(ctx, m.sums + 1, m.norm_partial, chunks_of(m.arena));
     acc_t sums[2];
     to_host(ctx, sums, m.sums, sizeof sums);
-    StepResult r = {(float)(sums[0] / (N * o.accum)), (float)std::sqrt(sums[1]), false};
+    r.norm = (float)std::sqrt(sums[1]);
     if (!is_finite(r.loss) || !is_finite(r.norm)) {
         r.skipped = true;
         return r;
+    }
+    if (o.shadow_every && (run.step + 1) % o.shadow_every == 0) {
+        double begin = seconds();
+        r.shadow = shadow_step(run, r.loss), r.shadowed = true;
+        r.shadow_seconds = seconds() - begin;
     }
     double t = (double)(run.step + 1);
     AdamW adam = {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, (acc_t)(1 - std::pow(0.9, t)), (acc_t)(1 - std::pow(0.95, t))};
@@ -412,6 +536,7 @@ static void sample(Run& run) {
     std::vector<int> ids = run.prompt;
     std::vector<acc_t> logits(V);
     size_t prompt = ids.size();
+    set_recipes(m, Use::evaluate, (double)run.step / o.steps);
     for (int i = 0; i < o.sample_tokens; i++) {
         size_t first = ids.size() > (size_t)m.T ? ids.size() - m.T : 0, length = ids.size() - first;
         int T = std::min<int>(m.T, (int)(length + 63) / 64 * 64);               // padding: causal, so it changes nothing
@@ -469,7 +594,7 @@ static double overhead_bytes(const Run& run, int T) {
 
 static double planned_bytes(const Run& run, int B, bool train) {
     Model m;
-    MemoryPlan p = measure(m, run.model.config, B, run.o.seq, run.model.recompute, run.recipe, train);
+    MemoryPlan p = measure(m, run.model.config, B, run.o.seq, run.model.recompute, run.model.precision, train, run.model.shadows);
     return p.total() + overhead_bytes(run, run.o.seq);
 }
 
@@ -486,10 +611,10 @@ static void print_memory(const Run& run, bool train, FILE* to) {
     fprintf(to, "  largest --batch that fits: %lld\n", (long long)fits);
 }
 
-// FLOP/s of one large matmul with this recipe's operands, and bytes/s (read and write) of a large copy: the ceilings.
-static double measure_matmul(Ctx& ctx, const Recipe* recipe) {
+// FLOP/s of one large matmul with operands as this format is stored, and bytes/s (read and write) of a large copy: the ceilings.
+static double measure_matmul(Ctx& ctx, Format format) {
     int64_t n = on_gpu ? 8192 : 1024, m = on_gpu ? 8192 : std::max<int64_t>(1024, 256 * ctx.threads);
-    Type type = operand_type(recipe->fprop_x.format);
+    Type type = operand_type(format);
     size_t size_a = m * n * size_of(type), size_b = n * n * size_of(type), total = size_a + size_b + m * n * sizeof(acc_t);
     char* p = (char*)device_alloc(total, "measuring the matmul peak");
     // Random operands: zeros would flatter (less power drawn, higher clocks).
@@ -692,6 +817,40 @@ static void claim_folder(const std::string& out) {
 // ---------------------------------------------------------------------------------------------------------------------------
 // The run
 
+// Which GEMMs of which layers run in which format, how, and the share of the step's FLOPs in 4 bits.
+static void report_precision(const Run& run) {
+    const Model& m = run.model;
+    const Precision& p = m.precision;
+    const Recipe& r = p.recipe;
+    int layers = m.config.layers;
+    printf("recipe   | %s%s%s: %s\n", r.name.c_str(), run.o.set.empty() ? "" : " with ", run.o.set.c_str(), r.about.c_str());
+    if (!is_quantised(r)) return;
+    const char* gemms[] = {"fprop", "dgrad", "wgrad"};
+    for (int g = 0; g < 3; g++) {
+        const Operand &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
+        bool quantised = is_quantised(a.format) || is_quantised(b.format);
+        printf("         | %s: %s %s, %s %s; %s\n", gemms[g], g ? "D" : "X", cell_text(a).c_str(), g == 2 ? "X" : "W", cell_text(b).c_str(),
+               !quantised ? "as they are" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (this CPU has no bf16 units)");
+    }
+    int64_t high = 0;
+    double four = 0, tokens = (double)run.tokens_per_step();
+    for (int l = 0; l < layers; l++)
+        for (int kind = 0; kind < 4; kind++) {
+            const Linear& lin = *m.linears[l].all[kind];
+            const Recipe* row = recipe_of(p, layers, l, kind, Use::train, 0);
+            high += row == &p.high;
+            for (int g = 0; g < 3; g++) four += is_4bit(row->cell[2 * g].format) && is_4bit(row->cell[2 * g + 1].format) ? 2 * tokens * lin.in * lin.out : 0;
+        }
+    printf("         | bf16: the head");
+    if (high) printf(" and %lld of %d linear layers", (long long)high, 4 * layers);
+    if (p.first) printf(", of the first %d block%s", p.first, p.first > 1 ? "s" : "");
+    if (p.last) printf(", of the last %d block%s", p.last, p.last > 1 ? "s" : "");
+    for (int kind = 0; kind < 4; kind++)
+        if (p.kept[kind]) printf(", every %s", linear_classes[kind]);
+    if (p.end > 0) printf("; from step %lld %s", (long long)std::ceil((1 - p.end) * run.o.steps) + 1, run.o.bf16_end_gemms == "all" ? "everything" : "all fprop");
+    printf("\n         | %.1f%% of the step's FLOPs in 4 bits\n", 100 * four / (flops_per_token(m.config, run.o.seq) * tokens));
+}
+
 static void report(Run& run, const std::string& checkpoint) {
     const Options& o = run.o;
     const Config& c = run.model.config;
@@ -707,7 +866,7 @@ static void report(Run& run, const std::string& checkpoint) {
     printf("model    | %s: %d layers, dim %d, %d/%d heads of %d, ffn %d, vocab %d; %.2fM parameters, %.2fM without embedding and head\n", o.model.c_str(),
            c.layers, c.dim, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, parameter_count(run.model.tensors) * 1e-6,
            parameter_count(run.model.tensors, true) * 1e-6);
-    printf("recipe   | %s: %s\n", run.recipe->name, run.recipe->about);
+    report_precision(run);
     printf("data     | %s: %s, %.2fM tokens, %lld windows of %d to train on, %lld held out%s\n", o.data.c_str(), Corpus::format(run.train_data.kind).name,
            run.train_data.tokens * 1e-6, (long long)run.train.count, o.seq, (long long)run.val.count, o.val.empty() ? "" : " from --val");
     if (run.train_data.kind == Corpus::TEXT && c.vocab == 256) printf("         | tokens are bytes: bits per byte = loss / ln 2\n");
@@ -726,6 +885,27 @@ static std::string duration(double s) {
     return text;
 }
 
+// The lines of log.jsonl that not every step has. shadow_tensors: relative error and cosine of each tensor's gradient; quant: per
+// operand class, over sampled tiles, the relative error, and the shares of elements that became zero and that met the largest code.
+static void log_details(const Run& run, FILE* log, const StepResult& r) {
+    auto pair = [](double a, double b) { return "[" + json_number(a) + "," + json_number(b) + "]"; };
+    if (r.shadowed) {
+        std::string tensors;
+        for (size_t i = 0; i < r.shadow.tensors.size(); i++)
+            tensors += (i ? ",\"" : "\"") + run.model.tensors[i].name + "\":" + pair(r.shadow.tensors[i].first, r.shadow.tensors[i].second);
+        log_line(log, "{\"step\":%lld,\"shadow_loss_gap\":%s,\"shadow_grad_rel_err\":%s,\"shadow_grad_cos\":%s,\"shadow_tensors\":{%s}}\n", (long long)run.step,
+                 json_number(r.shadow.loss_gap).c_str(), json_number(r.shadow.error).c_str(), json_number(r.shadow.cosine).c_str(), tensors.c_str());
+    }
+    std::string classes;
+    for (size_t i = 0; i < r.tally.size(); i++) {
+        const Tally& t = r.tally[i];
+        if (t.count == 0) continue;                                              // not quantised
+        classes += std::string(classes.empty() ? "\"" : ",\"") + operand_names[i] + "\":{\"error\":" + json_number(t.energy > 0 ? std::sqrt(t.error / t.energy) : 0) +
+                   ",\"zero\":" + json_number(t.zero / t.count) + ",\"saturated\":" + json_number(t.saturated / t.count) + "}";
+    }
+    if (!classes.empty()) log_line(log, "{\"step\":%lld,\"quant\":{%s}}\n", (long long)run.step, classes.c_str());
+}
+
 // Trains from run.step to --steps, or profiles: one step that warms caches and plans, then --profile steps, or what is left of them.
 static void train(Run& run, FILE* log) {
     const Options& o = run.o;
@@ -742,18 +922,25 @@ static void train(Run& run, FILE* log) {
         double begin = seconds(), lr = learning_rate(o, run.step + 1);
         StepResult r = train_step(run, lr);
         run.ctx.synchronise();
-        double s = seconds() - begin;
+        double s = seconds() - begin - r.shadow_seconds;
         run.ctx.profiler.on = false;
         run.step++;
         run.bad_steps = r.skipped ? run.bad_steps + 1 : 0;
         average = average == 0 || run.step == first + 1 ? s : 0.9 * average + 0.1 * s;   // the first step also makes plans
 
-        printf("step %lld/%lld | loss %.9g | norm %.4g | lr %.3g | %.0f ms | %.0f tok/s | %s of peak | eta %s%s\n", (long long)run.step, (long long)o.steps,
+        std::string shadow;
+        if (r.shadowed) {
+            char text[128];
+            snprintf(text, sizeof text, " | shadow: loss %+.4f, gradient error %.4f, cosine %.4f", r.shadow.loss_gap, r.shadow.error, r.shadow.cosine);
+            shadow = text;
+        }
+        printf("step %lld/%lld | loss %.9g | norm %.4g | lr %.3g | %.0f ms | %.0f tok/s | %s of peak | eta %s%s%s\n", (long long)run.step, (long long)o.steps,
                r.loss, r.norm, lr, s * 1e3, run.tokens_per_step() / s, run.peak > 0 ? (std::to_string((int)(100 * flops / s / run.peak + 0.5)) + "%").c_str() : "n/a",
-               duration(average * (o.steps - run.step)).c_str(), r.skipped ? " | NOT FINITE, step skipped" : "");
+               duration(average * (o.steps - run.step)).c_str(), shadow.c_str(), r.skipped ? " | NOT FINITE, step skipped" : "");
         fflush(stdout);
         log_line(log, "{\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"grad_norm\":%s,\"ms\":%.3f,\"tokens_per_s\":%.1f%s}\n", (long long)run.step, json_number(r.loss).c_str(),
                  lr, json_number(r.norm).c_str(), s * 1e3, run.tokens_per_step() / s, r.skipped ? ",\"skipped\":true" : "");
+        if (log) log_details(run, log, r);
         if (run.bad_steps >= stop_after)
             fail("loss or gradient was not finite %d steps in a row: start a new run with a lower --lr (%g) or a longer --warmup, and check the data", stop_after, o.lr);
         if (o.profile) continue;
@@ -790,7 +977,7 @@ int main(int argc, char** argv) {
     std::vector<Option> table = option_table(o);
     std::set<std::string> given = parse(argc, argv, table);
     if (o.help) return print_help(table), 0;
-    if (o.list_recipes) return list_recipes(), 0;
+    if (o.list_recipes) return list_recipes(o.set), 0;
     bool resuming = given.count("--resume"), training = !o.eval_only && !o.sample_only;
     o.data = absolute(o.data), o.val = absolute(o.val), o.tokenizer = absolute(o.tokenizer);
     if (!find_preset(o.model) && access(o.model.c_str(), F_OK) == 0) o.model = absolute(o.model);
@@ -815,7 +1002,6 @@ int main(int argc, char** argv) {
     CUDA(cudaStreamCreate(&ctx.stream));
 #endif
     ctx.plans = std::make_shared<MatmulPlans>(ctx);
-    run.recipe = find_recipe(o.recipe);
 
     // Data, then the model's shape (its vocabulary may come from the data), then the split (its windows come from --seq).
     struct stat st;
@@ -851,7 +1037,9 @@ int main(int argc, char** argv) {
 
     // Memory: planned, shown or refused, allocated.
     Recompute recompute = o.recompute == "block" ? Recompute::block : o.recompute == "norms" ? Recompute::norms : Recompute::none;
-    measure(run.model, config, o.batch, o.seq, recompute, run.recipe, training);
+    Precision precision = resolve_precision(o);
+    check_shapes(o, precision, config);
+    measure(run.model, config, o.batch, o.seq, recompute, precision, training, o.shadow_every > 0);
     double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 12.0 * parameter_count(run.model.tensors);
     if (o.dry_run) {
         print_memory(run, training, stdout);
@@ -865,8 +1053,8 @@ int main(int argc, char** argv) {
     }
     if (resuming && training && state.contains("data") && state["data"] != std::to_string(run.train_data.fingerprint()))
         fail("%s is not the data this run was trained on: put the original back, or start a new run", o.data.c_str());
-    run.peak = measure_matmul(ctx, run.recipe);
-    allocate(ctx, run.model, run.recipe, training);
+    run.peak = measure_matmul(ctx, precision.recipe.cell[fprop_x].format);
+    allocate(ctx, run.model, training);
 
     if (!checkpoint.empty()) {
         run.bad_steps = state.value("bad_steps", 0);

@@ -102,7 +102,7 @@ struct Trainer {
     Trainer(const Golden& golden, const char* recipe, Recompute recompute = Recompute::none, int threads = 1, int64_t head_rows = 0)
         : g(golden), ctx(context(threads)), N((int64_t)g.B * g.T) {
         measure(m, g.config, g.B, g.T, recompute, find_recipe(recipe), true);
-        allocate(ctx, m, find_recipe(recipe), true);
+        allocate(ctx, m, true);
         if (head_rows) m.head_rows = head_rows;                                // fewer than there is room for
         poison(m.acts[0].x, m.plan.activations), poison(m.y, m.plan.scratch), poison(m.grads, m.arena * sizeof(acc_t));
         load_parameters(g.weights, m.tensors, [&](size_t first, const float* values, size_t count) {

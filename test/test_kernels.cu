@@ -796,7 +796,7 @@ static void test_model_nan(Run& r) {
     const int B = 2, T = 19;
     Model m;
     measure(m, c, B, T, Recompute::none, recipe, false);
-    allocate(r.ctx, m, recipe, false);
+    allocate(r.ctx, m, false);
     Rng rng{17};
     std::vector<acc_t> good(m.arena);
     for (const Tensor& t : m.tensors)

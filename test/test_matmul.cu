@@ -193,7 +193,11 @@ template <class S> static void test_prepare_source(Run& r, Operand cell, int64_t
     bool as_is = cell.format == Format::bf16 ? type_of<S>() == Type::bf16 : type_of<S>() == type_of<acc_t>();
     r.verdict.note((bytes == 0) == as_is, "%zu bytes", bytes);
     Buffer<uint8_t> made(r, (int64_t)bytes);
-    Mat m = prepare(r.ctx, cell, mat(x.p, cols), rows, cols, bytes ? made.p : nullptr);
+    Recipe row = {"one cell", "", {cell}};
+    Linear layer = {"", "", "", cols, 1, nullptr, nullptr, &row};
+    OperandScratch scratch;
+    scratch.a = bytes ? made.p : nullptr;
+    Mat m = prepare(r.ctx, layer, fprop_x, scratch, Axis::row, mat(x.p, cols), rows, cols);
     r.verdict.note(m.ld == cols && !m.trans && m.type == operand_type(cell.format), "wrong shape or type");
     if (as_is) return r.verdict.note(m.data == x.p, "copied for nothing");
     made.fetch();
@@ -211,25 +215,26 @@ static void test_prepare(Run& r) {
             test_prepare_source<acc_t>(r, cell, rows, cols);
             if (on_gpu) test_prepare_source<act_t>(r, cell, rows, cols);
         }
-    r.verdict.note(find_recipe("bf16") && !strcmp(find_recipe("bf16")->name, "bf16") && !find_recipe("bf1") && !find_recipe(""), "find_recipe");
-    for (const Recipe& row : recipes) r.verdict.note(find_recipe(row.name) == &row, "the name %s is taken twice", row.name);
+    r.verdict.note(find_recipe("bf16") && find_recipe("bf16")->name == "bf16" && !find_recipe("bf1") && !find_recipe(""), "find_recipe");
+    for (const Recipe& row : recipes()) r.verdict.note(find_recipe(row.name) == &row, "the name %s is taken twice", row.name.c_str());
 }
 
 // Y = X W^T, dX = D W, dW += D^T X. Y and D are activations, or floats as the head's logits are.
 template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, int64_t rows, int64_t in, int64_t out_) {
-    bool floats = recipe.fprop_x == f32 || recipe.dgrad_d == f32 || recipe.wgrad_d == f32;
+    bool floats = recipe.cell[fprop_x] == f32 || recipe.cell[dgrad_d] == f32 || recipe.cell[wgrad_d] == f32;
     if (on_gpu && sizeof(act_t) == 2 && floats) return;                       // the program refuses this pair too
-    r.at("%s, %ld rows, %ld to %ld, %d-byte outputs", recipe.name, (long)rows, (long)in, (long)out_, (int)sizeof(T));
+    r.at("%s, %ld rows, %ld to %ld, %d-byte outputs", recipe.name.c_str(), (long)rows, (long)in, (long)out_, (int)sizeof(T));
     Rng rng{(uint64_t)(rows + in)};
     Buffer<act_t> x(r, rows * in, [&](int64_t) { return rng(1); }), dx(r, rows * in);
     Buffer<acc_t> w(r, in * out_, [&](int64_t) { return rng(1); }), dw(r, in * out_, [&](int64_t) { return rng(1); });
     Buffer<T> y(r, rows * out_), d(r, rows * out_, [&](int64_t) { return rng(1); });
     Type act = type_of<act_t>(), acc = type_of<acc_t>(), type_d = type_of<T>();
     auto bytes = [](Operand p, Type tp, Operand q, Type tq, int64_t n) { return std::max(operand_bytes(p, tp, n), operand_bytes(q, tq, n)); };
-    size_t a_bytes = std::max(operand_bytes(recipe.fprop_x, act, rows * in), bytes(recipe.dgrad_d, type_d, recipe.wgrad_d, type_d, rows * out_));
-    size_t b_bytes = std::max(operand_bytes(recipe.wgrad_x, act, rows * in), bytes(recipe.fprop_w, acc, recipe.dgrad_w, acc, in * out_));
+    size_t a_bytes = std::max(operand_bytes(recipe.cell[fprop_x], act, rows * in), bytes(recipe.cell[dgrad_d], type_d, recipe.cell[wgrad_d], type_d, rows * out_));
+    size_t b_bytes = std::max(operand_bytes(recipe.cell[wgrad_x], act, rows * in), bytes(recipe.cell[fprop_w], acc, recipe.cell[dgrad_w], acc, in * out_));
     Buffer<uint8_t> a(r, (int64_t)a_bytes), b(r, (int64_t)b_bytes);
-    OperandScratch scratch = {a_bytes ? a.p : nullptr, b_bytes ? b.p : nullptr};
+    OperandScratch scratch;
+    scratch.a = a_bytes ? a.p : nullptr, scratch.b = b_bytes ? b.p : nullptr;
     Linear layer = {"fprop", "dgrad", "wgrad", in, out_, w.p, dw.p, &recipe};
     std::vector<double> before = dw.values();
     linear_forward(r.ctx, layer, scratch, y.p, mat(x.p, in), rows);
@@ -241,8 +246,8 @@ template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, i
             for (double& e : v) e = as_bf16(e);
         return v;
     };
-    std::vector<double> fx = cell(recipe.fprop_x, x.values()), fw = cell(recipe.fprop_w, w.values()), gd = cell(recipe.dgrad_d, d.values());
-    std::vector<double> gw = cell(recipe.dgrad_w, w.values()), wd = cell(recipe.wgrad_d, d.values()), wx = cell(recipe.wgrad_x, x.values());
+    std::vector<double> fx = cell(recipe.cell[fprop_x], x.values()), fw = cell(recipe.cell[fprop_w], w.values()), gd = cell(recipe.cell[dgrad_d], d.values());
+    std::vector<double> gw = cell(recipe.cell[dgrad_w], w.values()), wd = cell(recipe.cell[wgrad_d], d.values()), wx = cell(recipe.cell[wgrad_x], x.values());
     // sum over k of p[i k] q[k j], by the strides of i, j and k
     auto compare = [&](auto& got, const double* start, double store_u, int64_t I, int64_t J, int64_t K, const double* p, int64_t pi, int64_t pk,
                        const double* q, int64_t qj, int64_t qk, Operand o, const char* what) {
@@ -257,20 +262,21 @@ template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, i
                 r.verdict.close(got[i * J + j], s, step * size + store_u * std::fabs(s), what, i * J + j);
             }
     };
-    compare(y, nullptr, sizeof(T) == 2 ? act_u : u, rows, out_, in, fx.data(), in, 1, fw.data(), in, 1, recipe.fprop_x, "Y");
-    compare(dx, nullptr, act_u, rows, in, out_, gd.data(), out_, 1, gw.data(), 1, in, recipe.dgrad_d, "dX");
-    compare(dw, before.data(), u, out_, in, rows, wd.data(), 1, out_, wx.data(), 1, in, recipe.wgrad_d, "dW");
+    compare(y, nullptr, sizeof(T) == 2 ? act_u : u, rows, out_, in, fx.data(), in, 1, fw.data(), in, 1, recipe.cell[fprop_x], "Y");
+    compare(dx, nullptr, act_u, rows, in, out_, gd.data(), out_, 1, gw.data(), 1, in, recipe.cell[dgrad_d], "dX");
+    compare(dw, before.data(), u, out_, in, rows, wd.data(), 1, out_, wx.data(), 1, in, recipe.cell[wgrad_d], "dW");
 }
 static void test_linear(Run& r) {
     const Shape shapes[] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {257, 100, 16}, {40, 64, 1025}, {300, 24, 40}};
-    for (const Recipe& recipe : recipes)
+    for (const Recipe& recipe : recipes())
         for (auto [rows, in, out_] : shapes) {
+            if (is_quantised(recipe)) continue;                               // test_fp4.cu
             test_linear_shape<act_t>(r, recipe, rows, in, out_);
             if (sizeof(act_t) != sizeof(acc_t)) test_linear_shape<acc_t>(r, recipe, rows, in, out_);
         }
     // Each cell has a table entry of its own: six different formats must end up in the six places.
-    Recipe mixed = {"mixed", "", f32, f32, f32, f32, f32, f32};
-    Operand* cells[] = {&mixed.fprop_x, &mixed.fprop_w, &mixed.dgrad_d, &mixed.dgrad_w, &mixed.wgrad_d, &mixed.wgrad_x};
+    Recipe mixed = {"mixed", "", {f32, f32, f32, f32, f32, f32}};
+    Operand* cells[] = {&mixed.cell[0], &mixed.cell[1], &mixed.cell[2], &mixed.cell[3], &mixed.cell[4], &mixed.cell[5]};
     if (!on_gpu && !MatmulPlans::bf16_units())                                // where the operands of one GEMM may differ in type
         for (Operand* c : cells) *c = b16, test_linear_shape<act_t>(r, mixed, 33, 20, 24), *c = f32;
     for (int i = 0; i < 6; i += 2) {                                          // one GEMM at a time

@@ -14,7 +14,7 @@ static void check_gradients(const char* name, Config c, int B, int T, Recompute 
     Model m;
     const Recipe* recipe = find_recipe("float");
     measure(m, c, B, T, recompute, recipe, true);
-    allocate(ctx, m, recipe, true);
+    allocate(ctx, m, true);
     int64_t N = (int64_t)B * T;
     RandomKey key = {11, 0, 0, 0, 0, Purpose::test};
     // Weights of order 0.3 and norm weights away from 1, so that no term of any gradient vanishes.
