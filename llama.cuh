@@ -503,6 +503,7 @@ struct Model {
     int *tokens, *targets, *bucket_token, *bucket_start, *bucket_order;
     OperandScratch operands;
     float* tally;                                            // (operand_count, 5): the quantiser's Tally of each operand
+    float* scales;                                           // (tensors, 6): every linear layer's tensor scales
     MemoryPlan plan;
 };
 
@@ -578,7 +579,7 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     m.operands.a = a ? scratch.take<char>(a) : nullptr;
     m.operands.b = b ? scratch.take<char>(b) : nullptr;
     m.operands.scales = scratch.take<float>(4), m.operands.partial = scratch.take<float>(partials);
-    m.tally = scratch.take<float>(operand_count * 5);
+    m.tally = scratch.take<float>(operand_count * 5), m.scales = scratch.take<float>(m.tensors.size() * 6);
     plan.scratch = scratch.used;
 
     size_t rope_bytes = scratch.used;
@@ -626,7 +627,7 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
     auto linear = [&](const char* name) {
         const Tensor& t = m.tensors[next];
         std::string n = name;
-        Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), nullptr, (uint32_t)next};
+        Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), nullptr, (uint32_t)next, m.scales + 6 * next};
         next++;
         return l;
     };

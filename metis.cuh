@@ -178,6 +178,7 @@ struct Linear {
     acc_t* dw;
     const Recipe* recipe;
     uint32_t id = 0;                       // which linear layer of the model: part of the names of its random draws
+    float* scales = nullptr;               // S_enc and S_dec of X, of W and of D, kept from fprop to wgrad; null: made for every operand
 };
 
 // Buffers for the operands of one GEMM, and the quantiser's scratch; null where no recipe in use needs them.
@@ -214,9 +215,19 @@ template <class To, class From> void convert(Ctx& ctx, To* to, const From* from,
     });
 }
 
-template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, void* to, const Mat& source) {
-    if (has_tensor_scale(call.cell.format)) tensor_scale(ctx, call, (const From*)source.data);
+template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, void* to, const Mat& source) {
+    if (has_tensor_scale(call.cell.format) && !scaled) tensor_scale(ctx, call, (const From*)source.data);
     quantise(ctx, call, (To*)to, (const From*)source.data);
+}
+
+// Whether operand `which` has the tensor scale of the operand that was made of the same matrix before it in this pass: a third of
+// the passes over memory that amaxes cost, and no bit of difference.
+inline bool same_scale(const Recipe& r, Which which, bool nearest) {
+    const Which before[] = {operand_count, operand_count, operand_count, fprop_w, dgrad_d, fprop_x};
+    if (before[which] == operand_count) return false;
+    Operand a = r.cell[before[which]], b = r.cell[which];
+    if (nearest) a.rounding = b.rounding = Rounding::nearest;
+    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && scale_rule(a).full == scale_rule(b).full;
 }
 
 // Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in s.a or s.b unless it can be used
@@ -237,12 +248,15 @@ inline Mat prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratc
     if (s.nearest) cell.rounding = Rounding::nearest;
     RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rounding}, sign_key = key;
     sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
-    QuantCall call = {cell, axis, rows, cols, key, sign_key, s.scales + 2 * second, s.partial, s.tally ? s.tally + 5 * which : nullptr};
+    const int matrix[] = {0, 1, 2, 1, 2, 0};                // X, W or D
+    float* scale = lin.scales ? lin.scales + 2 * matrix[which] : s.scales + 2 * second;
+    bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
+    QuantCall call = {cell, axis, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
     if (source.type == Type::bf16) {
-        if (made.type == Type::bf16) quantise_operand<bf16, bf16>(ctx, call, buffer, source);
-        else quantise_operand<acc_t, bf16>(ctx, call, buffer, source);
-    } else if (made.type == Type::bf16) quantise_operand<bf16, acc_t>(ctx, call, buffer, source);
-    else quantise_operand<acc_t, acc_t>(ctx, call, buffer, source);
+        if (made.type == Type::bf16) quantise_operand<bf16, bf16>(ctx, call, scaled, buffer, source);
+        else quantise_operand<acc_t, bf16>(ctx, call, scaled, buffer, source);
+    } else if (made.type == Type::bf16) quantise_operand<bf16, acc_t>(ctx, call, scaled, buffer, source);
+    else quantise_operand<acc_t, acc_t>(ctx, call, scaled, buffer, source);
     if (has_tensor_scale(cell.format)) made.scale = call.scale + 1;
     return made;
 }
