@@ -203,17 +203,27 @@ static void print_help(const std::vector<Option>& table) {
         printf("  %-12s %6d %4d %5d %2d %5d %5d %4d %g\n", p.name, p.layers, p.dim, p.heads, p.kv_heads, p.ffn, p.batch, p.seq, p.lr);
 }
 
+// The table as README.md shows it.
 static void list_recipes(const std::string& changes) {
-    const char* heads[] = {"fprop X", "W", "dgrad D", "W", "wgrad D", "X"};
-    printf("| recipe ");
-    for (const char* h : heads) printf("| %s ", h);
-    printf("| |\n|---|---|---|---|---|---|---|---|\n");
+    std::vector<std::vector<std::string>> lines = {{"recipe", "fprop X", "fprop W", "dgrad D", "dgrad W", "wgrad D", "wgrad X", "blocks in bf16"}, {}};
+    std::string about;
     for (Recipe r : recipes()) {
         set_cells(r, changes);
-        printf("| %s ", r.name.c_str());
-        for (Operand c : r.cell) printf("| %s ", cell_text(c).c_str());
-        printf("| %s |\n", r.about.c_str());
+        lines.push_back({r.name});
+        for (const Operand& c : r.cell) lines.back().push_back(cell_text(c));
+        lines.back().push_back(r.last_share > 0 ? "last " + std::to_string((int)std::lround(100 * r.last_share)) + "%" : "");
+        about += "- `" + r.name + "`: " + r.about + "\n";
     }
+    for (auto& line : lines) {
+        for (size_t i = 0; i < lines[0].size(); i++) {
+            size_t width = 0;
+            for (auto& other : lines) width = std::max(width, i < other.size() ? other[i].size() : 0);
+            std::string text = line.empty() ? std::string(width, '-') : line[i];
+            printf("| %s%s ", text.c_str(), std::string(width - text.size(), ' ').c_str());
+        }
+        printf("|\n");
+    }
+    printf("\n%s", about.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,6 @@ def says(option):
     return subprocess.run([sys.argv[1], option], capture_output=True, text=True, check=True).stdout.rstrip("\n")
 
 with open("README.md") as f: text = f.read()
-text = re.sub(r"(<!-- (help|recipes) -->\n```\n).*?(\n```\n<!-- /\2 -->)",
-              lambda m: m[1] + says("--help" if m[2] == "help" else "--list-recipes") + m[3], text, flags=re.S)
+text = re.sub(r"(<!-- help -->\n```\n).*?(\n```\n<!-- /help -->)", lambda m: m[1] + says("--help") + m[2], text, flags=re.S)
+text = re.sub(r"(<!-- recipes -->\n).*?(\n<!-- /recipes -->)", lambda m: m[1] + says("--list-recipes") + m[2], text, flags=re.S)
 with open("README.md", "w") as f: f.write(text)
