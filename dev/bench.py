@@ -3,10 +3,11 @@
 
     python3 dev/bench.py build/cpu/train_llama [--rounds 5]
 
-1. Row kernels against a copy of as many bytes (dev/bench_kernels.cu).
+1. Row kernels and quantisers against a copy of as many bytes, FP4 GEMMs against float ones (dev/bench_kernels.cu).
 2. A float training step of `15m` at 256 tokens against the same model in eager PyTorch (dev/bench_torch.py, if torch is there),
    rounds interleaved, medians; and model FLOPs against the measured matmul peak.
 3. Anonymous memory of that run against what --dry-run says.
+4. A step of `15m` on 4096 tokens by each recipe, as a ratio to float; again without the CPU's bf16 units, where oneDNN can hide them.
 Nothing else should run on the machine meanwhile. Exit status 0 whatever the ratios are: a table, not a test.
 """
 import argparse, json, os, re, statistics, subprocess, sys, tempfile
@@ -14,12 +15,12 @@ import argparse, json, os, re, statistics, subprocess, sys, tempfile
 def run(command, **more):
     return subprocess.run(command, capture_output=True, text=True, **more)
 
-def ours(program, data, recipe, steps=10):
+def ours(program, data, recipe, steps=10, batch=8, env=None):
     """ms of a step (median without the first two), its share of the matmul peak in %, and the peak of anonymous memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [program, "--data", data, "--model", "15m", "--recipe", recipe, "--steps", str(steps), "--sample-tokens", "0",
-                   "--eval-batches", "1", "--out", folder + "/run", "--save-every", "0"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [program, "--data", data, "--model", "15m", "--recipe", recipe, "--batch", str(batch), "--steps", str(steps),
+                   "--sample-tokens", "0", "--eval-batches", "1", "--out", folder + "/run", "--save-every", "0"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
         anonymous, peak = 0, 0
         for line in process.stdout:
             if found := re.search(r"matmul peak (\d+) GFLOP/s", line): peak = float(found[1])
@@ -68,5 +69,13 @@ def main():
     plan = run([o.program, "--data", o.data, "--model", "15m", "--recipe", "float", "--dry-run"]).stdout
     planned = float(re.search(r"total\s+([\d.]+) GB", plan)[1]) * 1e9
     print(f"  anonymous memory      {memory * 1e-9:.3f} GB, --dry-run says {planned * 1e-9:.3f} GB: ratio {memory / planned:.2f}")
+
+    recipes = ["float", "bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "four-over-six"]
+    for env, title in ({}, ""), ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ", bf16 units hidden (ONEDNN_MAX_CPU_ISA=AVX512_CORE)"):
+        times = {r: [] for r in recipes}
+        for _ in range(max(1, o.rounds * 3 // 5)):
+            for r in recipes: times[r].append(ours(o.program, o.data, r, 8, 16, env)[0])
+        print(f"15m, 16 x 256 tokens, a training step{title}: ms, and the time of a float step over it")
+        for r in recipes: print(f"  {r:21} {statistics.median(times[r]):6.0f} ms  {statistics.median(times['float']) / statistics.median(times[r]):.2f}")
 
 main()

@@ -1,5 +1,5 @@
-// bench_kernels.cu: every row kernel of llama.cuh against a copy of as many bytes, timed in turn in one run (make bench).
-// Prints a line a kernel: NAME GB/s and its share of the copy's GB/s, medians of `rounds`. Arrays are larger than any cache.
+// bench_kernels.cu: every row kernel of llama.cuh and the quantisers of fp4.cuh against a copy of as many bytes, and GEMMs of FP4
+// operands against float ones, each pair timed in turn in one run (make bench). Medians of `rounds`; arrays are larger than any cache.
 #include "../llama.cuh"
 
 struct copy_bytes;
@@ -76,5 +76,48 @@ int main(int argc, char** argv) {
     b.row("swiglu_backward", y, x, N * C, [&] { swiglu_grad(ctx, gu, s, N, F); });
     b.row("square_chunks", y, x, N * C, [&] { sum_squares(ctx, partial, g, P); });
     b.row("adamw", y, x, N * C, [&] { adamw_step(ctx, p, m, v, g, P, {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, 0.1f, 0.05f}); });
+
+    // Quantisers, with their amax pass; bytes: both reads and the write.
+    printf("quantisers: amax, scales, rounding (bytes: two reads and a write)\n");
+    Type type = operand_type(Format::nvfp4);
+    std::vector<Recipe> rows = {*find_recipe("nvfp4"), *find_recipe("nvfp4-sr"), *find_recipe("nvidia"), *find_recipe("mxfp4"), *find_recipe("fp8"), *find_recipe("four-over-six")};
+    Arena quant_size, quant;
+    OperandScratch scratch;
+    acc_t *product, *weight;
+    auto take_quant = [&](Arena& a) {
+        scratch.a = a.take<char>(N * W * size_of(type)), scratch.b = a.take<char>(W * C * size_of(type));
+        scratch.scales = a.take<float>(4), scratch.partial = a.take<float>(quantise_partials(rows[3].cell[0], N, W) + quantise_partials(rows[2].cell[5], N, W));
+        product = a.take<acc_t>(N * W), weight = a.take<acc_t>(W * C);
+    };
+    take_quant(quant_size);
+    quant.base = (char*)device_alloc(quant_size.used, "benchmark");
+    take_quant(quant);
+    initialise(ctx, gu, N * W, 1, {1, 0, 0, 0, 1, Purpose::test}), initialise(ctx, weight, W * C, 0.02f, {1, 0, 0, 0, 2, Purpose::test});
+    initialise(ctx, x, N * C, 1, {1, 0, 0, 0, 3, Purpose::test});
+    Linear lin = {"", "", "", C, W, weight, nullptr, nullptr};
+    auto quantiser = [&](int row, Which which, Axis axis, const char* name) {
+        lin.recipe = &rows[row];
+        b.row(name, y, x, N * C, [&, which, axis] { prepare(ctx, lin, which, scratch, axis, mat(gu, W), N, W); });
+    };
+    quantiser(0, fprop_x, Axis::row, "nvfp4 rows"), quantiser(0, wgrad_d, Axis::column, "nvfp4 columns");
+    quantiser(1, dgrad_d, Axis::row, "nvfp4 sr rows"), quantiser(1, wgrad_d, Axis::column, "nvfp4 sr columns");
+    quantiser(2, dgrad_w, Axis::column, "nvfp4 16x16"), quantiser(2, wgrad_d, Axis::column, "nvfp4 sr h16 columns");
+    quantiser(3, fprop_x, Axis::row, "mxfp4 rows"), quantiser(4, fprop_x, Axis::row, "fp8 rows"), quantiser(5, fprop_x, Axis::row, "nvfp4 4/6 rows");
+
+    // The three GEMMs of gate_up (4096 tokens): float operands, and FP4 ones as they are emulated, scales and all.
+    printf("GEMMs of FP4 operands against float ones, %s\n", type == Type::bf16 ? "multiplied as bf16" : "multiplied as float: no bf16 units");
+    int64_t l = std::min<int64_t>(N, 4096);
+    lin.recipe = &rows[0];
+    Mat px = prepare(ctx, lin, fprop_x, scratch, Axis::row, mat(gu, W), l, W), pw = prepare(ctx, lin, fprop_w, scratch, Axis::row, mat(weight, C), W, C);
+    struct { const char* name; int64_t m, n, k; bool ta, tb; int beta; } gemms[] = {{"fprop", l, W, C, false, true, 0}, {"dgrad", l, C, W, false, false, 0}, {"wgrad", W, C, l, true, false, 1}};
+    for (auto& q : gemms) {
+        auto operand = [&](const Mat& m, int64_t height, int64_t width, bool trans) { return Mat{m.data, m.type, trans ? height : width, trans, m.scale}; };
+        double flops = 2. * q.m * q.n * q.k;
+        Mat fa = operand(mat((const acc_t*)g, 1), q.m, q.k, q.ta), fb = operand(mat((const acc_t*)p, 1), q.k, q.n, q.tb);
+        Mat ea = operand(px, q.m, q.k, q.ta), eb = operand(pw, q.k, q.n, q.tb);
+        double plain = b.rate(flops, [&] { matmul(ctx, "", product, q.n, fa, fb, q.m, q.n, q.k, q.beta); });
+        double four = b.rate(flops, [&] { matmul(ctx, "", product, q.n, ea, eb, q.m, q.n, q.k, q.beta); });
+        printf("%-22s %8.0f GFLOP/s  float %7.0f GFLOP/s  ratio %.2f\n", q.name, four * 1e-9, plain * 1e-9, four / plain);
+    }
     return 0;
 }
