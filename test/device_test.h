@@ -22,11 +22,9 @@ inline double depth(int64_t n) { return n / 8. + 40; }
 
 inline bool verbose = false;              // -v: how much of its tolerance each test used
 
-// Idle threads must sleep, not spin: on shared cores, with more threads than cores, spinning costs ten times the work. OpenMP
-// reads its environment before main(), so start again.
 inline void begin(int argc, char** argv) {
     verbose = argc > 1 && !strcmp(argv[1], "-v");
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) execv("/proc/self/exe", argv);
+    calm_openmp(argv);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------

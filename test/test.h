@@ -1,9 +1,11 @@
 // test.h: the few lines every C++ test shares. A test prints `ok NAME` or `FAIL NAME: why` a line; test/run counts the lines,
 // so a program that dies half-way fails too (it never prints its `done` line).
 #pragma once
+#include <unistd.h>     // execv
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>      // getenv, setenv
 
 inline int test_failures = 0;
 
@@ -22,6 +24,12 @@ __attribute__((format(printf, 3, 4))) inline bool check(bool ok, const char* nam
 
 // Written so that a NaN on either side fails: never `diff > tol`.
 inline bool near(double a, double b, double tol) { return std::fabs(a - b) <= tol; }
+
+// Idle threads must sleep, not spin: on shared cores, with more threads than cores, spinning costs ten to a hundred times the work.
+// OpenMP reads its environment before main(), so start again.
+inline void calm_openmp(char** argv) {
+    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) execv("/proc/self/exe", argv);
+}
 
 inline int done() {
     printf("done\n");

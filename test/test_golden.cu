@@ -311,9 +311,7 @@ static void test_files(const Golden& g, const std::string& scratch) {
 
 int main(int argc, char** argv) {
     verbose = argc > 1 && !strcmp(argv[1], "-v");
-    // Idle threads must sleep, not spin: on shared cores, with more threads than cores, spinning costs ten times the work. OpenMP
-    // reads its environment before main(), so start again.
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) execv("/proc/self/exe", argv);
+    calm_openmp(argv);
     const char* tmp = getenv("TMPDIR");
     std::string scratch = std::string(tmp && *tmp ? tmp : "/tmp") + "/test_golden.XXXXXX";
     if (!mkdtemp(scratch.data())) fail("cannot create %s", scratch.c_str());

@@ -59,7 +59,8 @@ static void check_gradients(const char* name, Config c, int B, int T, Recompute 
     check(worst <= 1e-5, name, "relative error %.3g at %s", worst, where.c_str());
 }
 
-int main() {
+int main(int, char** argv) {
+    calm_openmp(argv);
     Config c{2, 24, 4, 2, 6, 40, 32, false, {}};
     check_gradients("gradients: untied, GQA", c, 2, 19, Recompute::none);
     c.tied = true;
