@@ -141,7 +141,7 @@ HD void sincos_(float x, float* sine, float* cosine) {
 // Random numbers: Philox4x32-10 (Salmon et al., SC'11), counter-based. A draw is named by what it is for, never by who draws it,
 // so threads, order, recomputation and resuming cannot change it.
 
-enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6 };
+enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6, rows = 7, sketch = 8 };
 
 struct RandomKey {
     uint64_t seed;
@@ -464,11 +464,17 @@ template <int W> struct Group {
     template <class V, class Op> __device__ void fold_rows16(int n, V value, Op op, float* to) const {
         for (int c = lane(); c < n; c += W) to[c] = tree16([&](int j) { return value(j, c); }, op);
     }
+    // The sum of f(i) in double, in a fixed order.
+    template <class F> __device__ double sum_double(int n, F f) const {
+        double s = 0;
+        for (int i = lane(); i < n; i += W) s += f(i);
+        return reduce(s, [](double a, double b) { return a + b; });
+    }
     // The same value in every lane: a butterfly in the warp, then the warps' values in order.
-    template <class Op> __device__ acc_t reduce(acc_t v, Op op) const {
+    template <class T, class Op> __device__ T reduce(T v, Op op) const {
         for (int d = (W < 32 ? W : 32) / 2; d > 0; d /= 2) v = op(v, __shfl_xor_sync(mask(), v, d));
         if (W <= 32) return v;
-        __shared__ acc_t part[W / 32 > 0 ? W / 32 : 1];
+        __shared__ T part[W / 32 > 0 ? W / 32 : 1];
         __syncthreads();
         if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
         __syncthreads();
@@ -551,6 +557,16 @@ template <int W> struct Group {
                 }
             for (int c = 0; c < 16; c++) to[first + c] = t[0][c];
         }
+    }
+    // The sum of f(i) in double, in a fixed order.
+    template <class F> double sum_double(int n, F f) const {
+        double s[8] = {};
+        for (int i = 0; i < (n & ~7); i += 8) {
+            #pragma omp simd
+            for (int j = 0; j < 8; j++) s[j] += f(i + j);
+        }
+        for (int i = n & ~7; i < n; i++) s[i & 7] += f(i);
+        return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
     }
     // 16 partial sums whatever the vector width, then a fixed tree.
     template <class F, class... P> acc_t sum(int n, F f, P... p) const {

@@ -95,6 +95,8 @@ enum class Block { vector, square };                  // 1 x 16 (MX: 1 x 32) alo
 enum class Rounding { nearest, stochastic };
 enum class Scale { te, headroom, four_six, floor, ceil };
 enum class Signs { fixed, random, plus };
+enum class Factors { nearest, stochastic, exact };    // a split operand's thin factors: rounded to the operand's format, or bf16
+enum class Residual { quantised, exact };             // what the residual is taken against: the low-rank part as rounded, or unrounded
 
 // How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else.
 struct Operand {
@@ -104,9 +106,13 @@ struct Operand {
     Scale scale = Scale::te;        // NVFP4: te, headroom (blocks scaled by 17/16, so that nothing saturates), four_six; MX: floor, ceil
     int hadamard = 0;               // 0, 16, 32, 64 or 128 along the contracted axis, on both operands of a GEMM, which cancels
     Signs signs = Signs::fixed;     // of the Hadamard: TransformerEngine's 16, drawn for every call, or none
+    bool split = false;             // into a low-rank part and a residual, each quantised on its own (metis.cuh)
+    Factors factors = Factors::nearest;
+    Residual residual = Residual::quantised;
 };
 inline bool operator==(Operand a, Operand b) {
-    return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard && a.signs == b.signs;
+    return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard &&
+           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual;
 }
 
 inline bool is_quantised(Format f) { return f > Format::bf16; }
@@ -135,15 +141,18 @@ inline ScaleRule scale_rule(Operand c) {
 constexpr int tile_size = 4096, tile_units = 256;
 struct QuantStage {
     float v[tile_size];                                             // elements; after rounding their values
-    float e[tile_size];                                             // errors of a candidate, or terms of the tally
-    uint16_t random[tile_size];
+    float e[tile_size];                                             // a low-rank part's columns; terms of the tally
+    union {
+        uint16_t random[tile_size];
+        float low[tile_size / 2];                                   // a low-rank part's rows
+    };
     float amax[tile_units], enc[tile_units], dec[tile_units];       // per unit: amax; element -> code; code -> value
     float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];
     float group[16];
     float sign[128];
 };
 
-// How a matrix is cut into tiles of R x 2^shift elements. Column blocks need R rows of a Hadamard or a block at once.
+// How a matrix is cut into tiles of R x C elements, C = 2^shift. Column blocks need all rows of a Hadamard or a block at once.
 struct TileShape {
     bool along_row;
     int R, shift, C;
@@ -152,10 +161,10 @@ struct TileShape {
 inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols) {
     TileShape s;
     s.along_row = axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square);
-    int need = s.along_row || !has_blocks(c.format) ? 16 : block_length(c.format);
-    s.R = s.along_row ? 16 : std::max(need, c.hadamard);
-    s.C = tile_size / s.R;
-    s.shift = s.C == 256 ? 8 : s.C == 128 ? 7 : s.C == 64 ? 6 : 5;
+    int need = s.along_row ? 16 : std::max(has_blocks(c.format) ? block_length(c.format) : 16, c.hadamard);
+    s.C = 256, s.shift = 8;
+    while (s.C > 32 && (tile_size / s.C < need || s.C / 2 >= cols)) s.C /= 2, s.shift--;      // narrow matrices: more rows a tile
+    s.R = tile_size / s.C;
     s.rows = rows, s.cols = cols;
     s.across = (cols + s.C - 1) / s.C;
     s.count = s.across * ((rows + s.R - 1) / s.R);
@@ -236,6 +245,30 @@ template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, co
     g.sync();
 }
 
+// v -= A B on the tile: A (rows x k), B (k x cols), k a multiple of 16; 16 columns of A and rows of B at a time beside the tile.
+template <class G> HD void subtract(G g, const TileShape& t, QuantStage& s, const acc_t* a, const acc_t* b, int k, int64_t r0, int64_t c0) {
+    for (int k0 = 0; k0 < k; k0 += 16) {
+        g.grid16(t.R, [&](int r, int j) { s.low[16 * r + j] = r0 + r < t.rows ? (float)a[(r0 + r) * k + k0 + j] : 0.f; });
+        int width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+        const acc_t* corner = b + k0 * t.cols + c0;
+        if (width < t.C) g.each(16 << t.shift, [&](int i) { s.e[i] = 0; });
+        if (width < t.C) g.sync();
+        g.tile(16, width, t.shift, [&](int j, int c) { s.e[(j << t.shift) + c] = (float)corner[j * t.cols + c]; });
+        g.sync();
+        for (int r = 0; r < t.R; r++) {
+            float *v = s.v + (r << t.shift), *e = s.e;
+            const float* row = s.low + 16 * r;
+            int shift = t.shift;
+            g.each(t.C, [=](int c) {
+                float x = v[c];
+                for (int j = 0; j < 16; j++) x = fmaf(-row[j], e[(j << shift) + c], x);
+                v[c] = x;
+            });
+        }
+        g.sync();
+    }
+}
+
 // TransformerEngine's signs (nvfp4_tensor.py, get_wgrad_sign_vector), repeated; or the bits of one draw; or none.
 template <class G> HD void hadamard_signs(G g, float* sign, Signs kind, Words random) {
     const uint32_t fixed = 0xd7e8;                                                  // bit i set: element i is negated
@@ -274,9 +307,11 @@ struct QuantCall {
     int64_t rows, cols;
     RandomKey key, sign_key;
     float *scale, *partial;
-    float* tally = nullptr;         // where to add the four sums of Tally over one tile in 64; null: nowhere
+    float* tally = nullptr;         // where to add the sums of Tally over one tile in 64; null: nowhere
+    const acc_t *low_a = nullptr, *low_b = nullptr;     // a low-rank part (rows x k)(k x cols) that is taken away first, tile by tile
+    int k = 0;
 };
-// Sums over sampled elements x and their quantised values y: (y - x)^2, x^2, elements that became zero, elements beyond the largest
+// Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became zero, elements beyond the largest
 // code; and how many were looked at.
 struct Tally { float error, energy, zero, saturated, count; };
 constexpr int tally_every = 64;
@@ -319,15 +354,20 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     acc_t unused = 0;
     (void)unused;
     float* partial = q.partial;
-    if (q.cell.hadamard) {
+    if (q.cell.hadamard || q.k) {
         TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
         Operand cell = q.cell;
         RandomKey sign_key = q.sign_key;
+        const acc_t *low_a = q.low_a, *low_b = q.low_b;
+        int k = q.k;
         parts = t.count;
         for_tiles<quantise_amax, QuantStage>(ctx, {n * sizeof(From) * 1., 0}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
-            hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
             load_tile(g, t, s.v, from, i / t.across * t.R, i % t.across * t.C);
-            hadamard(g, t, s.v, cell.hadamard, s.sign);
+            if (k) subtract(g, t, s, low_a, low_b, k, i / t.across * t.R, i % t.across * t.C);
+            if (cell.hadamard) {
+                hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
+                hadamard(g, t, s.v, cell.hadamard, s.sign);
+            }
             acc_t m = g.max(tile_size, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, (const float*)s.v);
             if (g.lane() == 0) partial[i] = (float)m;
         });
@@ -379,6 +419,8 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
     bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell.format), down = q.axis == Axis::column, nibbles = is_4bit(cell.format);
     const float* scale = q.scale;
     float* tally = q.tally ? q.partial + t.count : nullptr;
+    const acc_t *low_a = q.low_a, *low_b = q.low_b;
+    int low_k = q.k;
     int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / block_length(cell.format);
     (void)outer;
     Cost cost = {(double)q.rows * q.cols * (sizeof(From) + (to ? sizeof(To) : 0) + (packed.codes ? 1 : 0)), 0};
@@ -386,6 +428,9 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
         float S_enc = tensor ? scale[0] : 1.f, S_dec = tensor ? scale[1] : 1.f;
         load_tile(g, t, s.v, from, r0, c0);
+        float energy = 0;                                               // of the whole operand, before anything is taken away
+        if (tally && i % tally_every == 0) energy = (float)g.sum(tile_size, [](acc_t v) { return v * v; }, (const float*)s.v);
+        if (low_k) subtract(g, t, s, low_a, low_b, low_k, r0, c0);
         if (cell.hadamard) {
             hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
             hadamard(g, t, s.v, cell.hadamard, s.sign);
@@ -441,12 +486,12 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             for (int what = 0; what < 5; what++) {
                 elements(g, t, [&](int k, int u) {
                     float x = s.v[k], y = code_of(x * s.enc[u], k) * s.dec[u] * S_dec;
-                    s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? x * x : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
+                    s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
                            : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f) : 1.f;
                 });
                 g.sync();
                 float total = (float)g.sum(tile_size, [](acc_t v) { return v; }, (const float*)s.e);
-                if (g.lane() == 0) tally[5 * (i / tally_every) + what] = total;
+                if (g.lane() == 0) tally[5 * (i / tally_every) + what] = what == 1 ? energy : total;
                 g.sync();
             }
 

@@ -189,6 +189,19 @@ inline std::vector<Tensor> tensor_table(const Config& c) {
     return table;
 }
 
+// The bases of every linear layer's X, W and D (k x in, k x in, k x out): state of the split recipes, saved beside the optimiser's.
+inline std::vector<Tensor> basis_table(const std::vector<Tensor>& tensors, int k) {
+    std::vector<Tensor> table;
+    size_t offset = 0;
+    for (const Tensor& t : tensors)
+        for (int m = 0; m < 3 && t.quantised; m++) {
+            std::string name = t.name + (m == 0 ? ".basis_x" : m == 1 ? ".basis_w" : ".basis_d");
+            table.push_back({name, k, m == 2 ? t.rows : t.cols, 2, false, false, 0, offset, {{name, k}}});
+            offset += (table.back().size() + 63) / 64 * 64;
+        }
+    return table;
+}
+
 // Elements of an arena that holds the table; the padding between tensors stays zero.
 inline size_t arena_size(const std::vector<Tensor>& table) { return (table.back().offset + table.back().size() + 63) / 64 * 64; }
 
@@ -486,9 +499,14 @@ struct Model {
     acc_t *params = nullptr, *grads = nullptr, *m = nullptr, *v = nullptr;
     acc_t* shadow = nullptr;                                 // a second gradient arena, if shadow steps are asked for
     bool shadows = false;
+    bool training = false;                                   // bases are refreshed
     acc_t *embed_w, *embed_grad, *final_norm, *final_norm_grad;
     std::vector<LayerWeights> weights, weight_grads;
     std::unique_ptr<LayerLinears[]> linears;
+    std::vector<Tensor> bases;                               // of the split recipes, if one is in use: three a linear layer, rank k
+    acc_t* basis = nullptr;                                  // their arena
+    std::vector<acc_t*> projected;                           // M B of each
+    int k = 0;
     Linear head;
     Precision precision;
 
@@ -524,6 +542,7 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     plan.gradients = state.used - plan.parameters;
     m.m = train ? state.take<acc_t>(m.arena) : nullptr;
     m.v = train ? state.take<acc_t>(m.arena) : nullptr;
+    m.basis = m.k ? state.take<acc_t>(arena_size(m.bases)) : nullptr;
     plan.optimiser = state.used - plan.parameters - plan.gradients;
 
     Arena acts{acts_base};
@@ -545,6 +564,12 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     each(&LayerActs::mid, N * C, keep_block);
     each(&LayerActs::h2, N * C, keep_norms), each(&LayerActs::rstd2, N, keep_block);
     each(&LayerActs::gu, N * 2 * F, keep_block), each(&LayerActs::s, N * F, keep_norms);
+    m.projected.clear();
+    for (const Tensor& t : m.bases) {                                         // M B of X and W, from fprop to wgrad; of D, in turns
+        bool d = m.projected.size() % 3 == matrix_d;
+        int64_t rows = m.projected.size() % 3 == matrix_w ? (&t)[1].cols : N;      // W has as many rows as D has columns
+        m.projected.push_back(d && m.projected.size() > 3 ? m.projected[matrix_d] : acts.take<acc_t>(rows * m.k));
+    }
     m.x_final = acts.take<act_t>(N * C), m.h_final = acts.take<act_t>(N * C), m.rstd_final = acts.take<acc_t>(N);
     plan.activations = acts.used;
 
@@ -579,6 +604,23 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     m.operands.a = a ? scratch.take<char>(a) : nullptr;
     m.operands.b = b ? scratch.take<char>(b) : nullptr;
     m.operands.scales = scratch.take<float>(4), m.operands.partial = scratch.take<float>(partials);
+    if (m.k) {
+        int64_t k = m.k, wide = std::max({A, Q, C, 2 * F}), tall = std::max(N, wide);
+        int q = (int)k + p.recipe.split.oversample;
+        size_t size = size_of(operand_type(Format::nvfp4));
+        for (SideScratch& s : m.operands.side) {
+            s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);
+            s.a = scratch.take<char>(tall * k * size), s.b = scratch.take<char>(wide * k * size);
+            s.low_a = scratch.take<acc_t>(tall * k), s.low_b = scratch.take<acc_t>(wide * k), s.cross = scratch.take<acc_t>(tall * k);
+            s.thin = scratch.take<char>(tall * 2 * k * size), s.scales = scratch.take<float>(4);
+        }
+        m.operands.inner = scratch.take<acc_t>(k * k);
+        int64_t samples = sampled_rows(p.recipe.split, (int)k, N);
+        SubspaceScratch& u = m.operands.subspace;
+        u.sample = scratch.take<acc_t>(samples * wide), u.z = scratch.take<acc_t>(q * wide);
+        u.y = scratch.take<acc_t>(q * std::max(samples, wide)), u.g = scratch.take<acc_t>(q * std::max(samples, wide));
+        u.gram = scratch.take<double>(q * q), u.vectors = scratch.take<double>(q * q + q + 2), u.state = scratch.take<int>(q + 1);
+    }
     m.tally = scratch.take<float>(operand_count * 5), m.scales = scratch.take<float>(m.tensors.size() * 6);
     plan.scratch = scratch.used;
 
@@ -593,6 +635,8 @@ inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute rec
     m.config = c, m.B = B, m.T = T, m.recompute = recompute, m.precision = precision, m.shadows = shadows;
     m.tensors = tensor_table(c);
     m.arena = arena_size(m.tensors);
+    m.k = is_split(precision.recipe) || is_split(precision.eval) ? split_rank(precision.recipe.split, c.dim) : 0;
+    m.bases = m.k ? basis_table(m.tensors, m.k) : std::vector<Tensor>();
     return m.plan = plan_memory(m, train, nullptr, nullptr, nullptr);
 }
 
@@ -603,6 +647,7 @@ inline void set_recipes(Model& m, Use use, double progress) {
         for (int kind = 0; kind < 4; kind++) m.linears[l].all[kind]->recipe = recipe_of(p, m.config.layers, l, kind, use, progress);
     m.head.recipe = use == Use::reference ? find_recipe("bf16") : &p.high;
     m.operands.nearest = use == Use::evaluate;
+    m.training = use == Use::train;
 }
 
 // Allocates what measure() planned and binds weights to it. Parameters are zero until initialised or loaded.
@@ -620,7 +665,7 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
     to_device(ctx, m.sine, sine.data(), sine.size() * sizeof(acc_t));
 
     // The table's order is the model's: embed, six tensors a layer, final_norm, head unless tied.
-    size_t next = 0;
+    size_t next = 0, basis = 0;
     auto weight = [&]() { return m.params + m.tensors[next].offset; };
     auto grad = [&]() { return train ? m.grads + m.tensors[next].offset : nullptr; };
     auto take = [&](acc_t*& w, acc_t*& g) { w = weight(), g = grad(), next++; };
@@ -628,6 +673,10 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
         const Tensor& t = m.tensors[next];
         std::string n = name;
         Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), nullptr, (uint32_t)next, m.scales + 6 * next};
+        if (t.quantised && m.k) {
+            l.splits.k = m.k;
+            for (int i = 0; i < 3; i++, basis++) l.splits.basis[i] = m.basis + m.bases[basis].offset, l.splits.projected[i] = m.projected[basis];
+        }
         next++;
         return l;
     };
@@ -677,6 +726,7 @@ inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     Heads shape = heads_of(c, B, T);
     int64_t N = (int64_t)B * T;
     acc_t eps = (acc_t)c.norm_eps;
+    m.operands.refresh = m.training && ctx.micro == 0;
     to_device(ctx, m.tokens, tokens, N * sizeof(int));
     embed(ctx, m.acts[0].x, m.embed_w, m.tokens, N, c.dim);
     for (int l = 0; l < c.layers; l++) {
@@ -717,7 +767,9 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
         const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
         acc_t eps = (acc_t)c.norm_eps;
         if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps);
+        m.operands.refresh = false;                                           // what forward did is done again, not anew
         if (m.recompute == Recompute::block) block_forward(ctx, m, l, shape);
+        m.operands.refresh = m.training && ctx.micro == 0;
         if (m.recompute == Recompute::norms) {
             residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
             swiglu(ctx, a.s, a.gu, N, c.ffn);

@@ -12,9 +12,20 @@
 //
 // What backward keeps: X, in act_t, once per linear layer (the model's activation table owns it), and nothing else; W is read
 // again from the master weights.
+// Metis (arXiv 2509.00404, section 3; DESIGN in README.md "Metis in one page") is cells with split = yes: an operand
+//
+//     M = A L B^T + R        B: orthonormal basis of M's dominant right subspace (subspace.cuh); A L = M B, columns of A of length 1
+//     M^ = Q(A) L Q(B)^T + Q(R)
+//
+// is never put together. With O the thin factor on the operand's own axis and C the one on the contracted axis (for X in fprop
+// O = A, C = B; in wgrad, which contracts over tokens, O = B, C = A), the product of operands P and Q is
+//
+//     P^ Q^^T = R_p R_q^T  +  O_p (L_p C_p^T Q^^T)  +  (R_p C_q L_q) O_q^T
+//
+// one FP4 GEMM of residuals and two thin products, done as one with 2k inner columns: product() below.
 #pragma once
 #include "fp4.cuh"      // Operand, quantise
-#include "matmul.cuh"   // matmul, Mat, Type
+#include "subspace.cuh" // refresh_basis, SplitPlan; matmul, Mat, Type
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // The recipe table
@@ -26,6 +37,7 @@ struct Recipe {
     std::string name, about;
     Operand cell[operand_count];
     double last_share = 0;          // share of the blocks, from the end, whose linear layers stay in bf16
+    SplitPlan split = {};           // for cells with split = yes
 };
 
 constexpr auto vec = Block::vector, square = Block::square;
@@ -36,11 +48,17 @@ constexpr Operand nv = {Format::nvfp4}, nv_sr = {Format::nvfp4, vec, sr}, nv_sq 
 constexpr Operand nv_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nv_sr_h = {Format::nvfp4, vec, sr, Scale::te, 16};
 constexpr Operand fs = {Format::nvfp4, vec, rn, Scale::four_six}, fs_sq = {Format::nvfp4, square, rn, Scale::four_six};
 constexpr Operand fs_sr = {Format::nvfp4, vec, sr, Scale::four_six}, fs_h = {Format::nvfp4, vec, rn, Scale::four_six, 16};
+constexpr Operand split(Operand c) {
+    c.split = true;
+    return c;
+}
+constexpr Operand ms = split(nv), ms_sr = split(nv_sr);
 constexpr Operand fs_sr_h = {Format::nvfp4, vec, sr, Scale::four_six, 16};
 
 // Sources, in the order of the rows: FP8 current scaling and MXFP8 as TransformerEngine does them (E5M2 for D; E4M3 for all);
 // nvfp4-sr: arXiv 2509.25149 found stochastic rounding to help D and to harm X and W; nvidia: that paper's recipe, the bf16 blocks
-// being its advice of 15% at the end; mxfp4: 2506.08027's scales; four-over-six: 2512.02010 and its published configuration.
+// being its advice of 15% at the end; mxfp4: 2506.08027's scales; four-over-six: 2512.02010 and its published configuration; metis:
+// 2509.00404, but for nearest rounding of X and W and of all factors, and residuals taken against the rounded low-rank part.
 inline const std::vector<Recipe>& recipes() {
     static const std::vector<Recipe> table = {
         //                 fprop          dgrad          wgrad
@@ -63,6 +81,8 @@ inline const std::vector<Recipe>& recipes() {
                           {mx4,  mx4,     mx4,   mx4,    mx4,     mx4}},
         {"four-over-six", "nvidia, each block's largest element on 6 or on 4, whichever errs less",
                           {fs,   fs_sq,   fs_sr, fs_sq,  fs_sr_h, fs_h}, 1. / 6},
+        {"metis",         "X, W and D split into 1.5% of their directions and a residual, each NVFP4; residuals of D stochastic",
+                          {ms,   ms,      ms_sr, ms,     ms_sr,   ms}},
     };
     return table;
 }
@@ -87,23 +107,48 @@ inline const std::vector<CellKey>& cell_keys() {
         {"scale", {"te", "headroom", "four_six", "floor", "ceil"}},
         {"hadamard", {"0", "16", "32", "64", "128"}},
         {"signs", {"fixed", "random", "plus"}},
+        {"split", {"no", "yes"}},
+        {"factors", {"nearest", "stochastic", "exact"}},
+        {"residual", {"quantised", "exact"}},
     };
     return keys;
 }
 
 // "nvfp4", and what differs from the format's usual: "nvfp4 16x16", "nvfp4 sr h16", "mxfp4 floor".
 inline std::string cell_text(Operand c) {
-    std::string text = cell_keys()[0].values[(int)c.format];
+    std::string text = (c.split ? "split " : "") + std::string(cell_keys()[0].values[(int)c.format]);
     if (has_blocks(c.format) && c.block == Block::square) text += is_mx(c.format) ? " 32x32" : " 16x16";
     if (c.rounding == Rounding::stochastic) text += " sr";
     if (c.scale == Scale::headroom) text += " 17/16";
     if (c.scale == Scale::four_six) text += " 4/6";
     if (is_mx(c.format) && c.scale == Scale::floor) text += " floor";
     if (c.hadamard) text += " h" + std::to_string(c.hadamard) + (c.signs == Signs::random ? "r" : c.signs == Signs::plus ? "+" : "");
+    if (c.split && c.factors != Factors::nearest) text += c.factors == Factors::exact ? " AB exact" : " AB sr";
+    if (c.split && c.residual == Residual::exact) text += " R exact";
     return text;
 }
 
-// Changes cells of r by "WHICH.KEY=VALUE,...", WHICH an operand's name, or a part of it (x, w, d, fprop, dgrad, wgrad), or all.
+// split.KEY=VALUE: how bases are found.
+inline void set_split(SplitPlan& p, const std::string& change, const std::string& key, const std::string& value) {
+    struct { const char* name; double* real; int* whole; double low, high; } numbers[] = {
+        {"rank", &p.rank, nullptr, 0.01, 100}, {"sample", &p.sample, nullptr, 0.001, 100}, {"refresh", nullptr, &p.refresh, 1, 1e6},
+        {"oversample", nullptr, &p.oversample, 0, 64}, {"cold", nullptr, &p.cold, 0, 20}, {"warm", nullptr, &p.warm, 0, 20}};
+    std::string all;
+    for (auto& n : numbers) {
+        all += (all.empty() ? "" : ", ") + std::string(n.name);
+        if (key != n.name) continue;
+        char* end;
+        double v = strtod(value.c_str(), &end);
+        if (value.empty() || *end || !(v >= n.low && v <= n.high) || (n.whole && v != std::floor(v)))
+            fail("--set %s: want a%s number between %g and %g", change.c_str(), n.whole ? " whole" : "", n.low, n.high);
+        if (n.whole) *n.whole = (int)v;
+        else *n.real = v;
+        return;
+    }
+    fail("--set %s: there is no split.%s; there are %s", change.c_str(), key.c_str(), all.c_str());
+}
+
+// Changes r by "WHICH.KEY=VALUE,...", WHICH an operand's name, or a part of it (x, w, d, fprop, dgrad, wgrad), or all, or split.
 inline void set_cells(Recipe& r, const std::string& changes) {
     for (size_t at = 0, comma; at < changes.size(); at = comma + 1) {
         comma = std::min(changes.find(',', at), changes.size());
@@ -114,6 +159,10 @@ inline void set_cells(Recipe& r, const std::string& changes) {
         std::string which = change.substr(0, dot), key = change.substr(dot + 1, equals - dot - 1), value = change.substr(equals + 1);
         size_t k = 0, v = 0;
         std::string all;
+        if (which == "split") {
+            set_split(r.split, change, key, value);
+            continue;
+        }
         while (k < cell_keys().size() && key != cell_keys()[k].name) all += (k ? ", " : "") + std::string(cell_keys()[k].name), k++;
         if (k == cell_keys().size()) fail("--set %s: there is no %s; keys are %s", change.c_str(), key.c_str(), all.c_str());
         all = "";
@@ -137,6 +186,9 @@ inline void set_cells(Recipe& r, const std::string& changes) {
             if (k == 3) c.scale = (Scale)v;
             if (k == 4) c.hadamard = atoi(known.values[v]);
             if (k == 5) c.signs = (Signs)v;
+            if (k == 6) c.split = v;
+            if (k == 7) c.factors = (Factors)v;
+            if (k == 8) c.residual = (Residual)v;
         }
         if (!matched) fail("--set %s: %s names no operand; they are %s ... %s, or x, w, d, fprop, dgrad, wgrad, all", change.c_str(), which.c_str(),
                            operand_names[0], operand_names[operand_count - 1]);
@@ -154,6 +206,7 @@ inline void check_recipe(const Recipe& r) {
         if (is_mx(c.format) && c.scale < Scale::floor) refuse("an MX format's scale is floor or ceil");
         if (c.format != Format::nvfp4 && !is_mx(c.format) && c.scale != Scale::te) refuse("only block formats have scale rules");
         if (c.hadamard && c.block == Block::square) refuse("a square block cannot have a hadamard: it would serve one axis only");
+        if (c.split && c.hadamard) refuse("a split operand cannot have a hadamard: its thin products are not rotated");
         if (c.hadamard && has_blocks(c.format) && c.hadamard % block_length(c.format)) refuse("the hadamard must cover whole blocks");
         const Operand& other = r.cell[i ^ 1];
         if (c.hadamard != other.hadamard || (c.hadamard && c.signs != other.signs)) refuse("both operands of a GEMM need the same hadamard and signs, or they do not cancel");
@@ -167,8 +220,26 @@ inline bool is_quantised(const Recipe& r) {
     return false;
 }
 
+inline bool is_split(const Recipe& r) {
+    for (const Operand& c : r.cell)
+        if (c.split) return true;
+    return false;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------
 // The linear layer
+
+enum Matrix { matrix_x, matrix_w, matrix_d };
+constexpr Matrix matrix_of[operand_count] = {matrix_x, matrix_w, matrix_d, matrix_w, matrix_d, matrix_x};
+// The operand made of the same matrix before this one in a pass, or none.
+constexpr Which made_before[operand_count] = {operand_count, operand_count, operand_count, fprop_w, dgrad_d, fprop_x};
+
+// What a linear layer keeps of its matrices' splits: bases, rows of length `cols`, part of the checkpoint; and M B from fprop to wgrad.
+struct Splits {
+    int k = 0;                             // the rank; 0: no cell of this layer's recipe splits
+    acc_t* basis[3] = {};                  // of X (k x in), W (k x in), D (k x out)
+    acc_t* projected[3] = {};              // X B (rows x k), W B (out x k), D B (rows x k; shared by all layers)
+};
 
 // One weight matrix and how it is used. w and dw are (out x in), row-major.
 struct Linear {
@@ -179,6 +250,17 @@ struct Linear {
     const Recipe* recipe;
     uint32_t id = 0;                       // which linear layer of the model: part of the names of its random draws
     float* scales = nullptr;               // S_enc and S_dec of X, of W and of D, kept from fprop to wgrad; null: made for every operand
+    Splits splits = {};
+};
+
+// Scratch of one side of a GEMM for a split operand. Factors: A (rows x k), B (k x cols), in the operands' type.
+struct SideScratch {
+    acc_t *unit, *norms, *partial;         // A before rounding (rows x k); L (k); sums of squares (chunks x k)
+    void *a, *b;                           // Q(A), Q(B)
+    acc_t *low_a, *low_b;                  // Q(A) L and Q(B) as the residual is taken against: (rows x k), (k x cols)
+    acc_t* cross;                          // R C of the other side's C (outer x k)
+    void* thin;                            // this side's factor of the thin product (outer x 2k)
+    float* scales;                         // S_enc, S_dec of A, of B
 };
 
 // Buffers for the operands of one GEMM, and the quantiser's scratch; null where no recipe in use needs them.
@@ -187,6 +269,10 @@ struct OperandScratch {
     float *scales = nullptr, *partial = nullptr;           // S_enc and S_dec of a and of b; the quantiser's partial results
     float* tally = nullptr;                                // operand_count x 5: Tally of each operand; null: not now
     bool nearest = false;                                  // evaluation: no stochastic rounding
+    bool refresh = false;                                  // bases may be refreshed: training, a step's first micro-batch, no recomputation
+    SideScratch side[2] = {};
+    acc_t* inner = nullptr;                                // C_p^T C_q (k x k)
+    SubspaceScratch subspace = {};
 };
 
 // The element type an operand of this format is stored in: bf16-valued operands are floats where the CPU cannot multiply bf16.
@@ -201,7 +287,7 @@ inline size_t operand_bytes(Operand cell, Type source, int64_t elements) {
     return as_is ? 0 : elements * size_of(operand_type(cell.format));
 }
 
-struct prepare_operand;
+struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;
 
 template <class To, class From> void convert(Ctx& ctx, To* to, const From* from, int64_t rows, int64_t cols, bool round_bf16) {
     Cost cost = {double(rows) * cols * (sizeof(To) + sizeof(From)), 0};
@@ -214,70 +300,207 @@ template <class To, class From> void convert(Ctx& ctx, To* to, const From* from,
         }, out(to + r * n), from + r * n);
     });
 }
+inline void convert(Ctx& ctx, const Mat& to, const Mat& from, int64_t rows, int64_t cols, bool round_bf16) {
+    if (from.type == Type::bf16) convert(ctx, (acc_t*)to.data, (const bf16*)from.data, rows, cols, round_bf16);
+    else if (to.type == Type::bf16) convert(ctx, (bf16*)to.data, (const acc_t*)from.data, rows, cols, round_bf16);
+    else convert(ctx, (acc_t*)to.data, (const acc_t*)from.data, rows, cols, round_bf16);
+}
 
-template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, void* to, const Mat& source) {
-    if (has_tensor_scale(call.cell.format) && !scaled) tensor_scale(ctx, call, (const From*)source.data);
-    quantise(ctx, call, (To*)to, (const From*)source.data);
+template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
+    if (has_tensor_scale(call.cell.format) && !scaled) tensor_scale(ctx, call, (const From*)from.data);
+    quantise(ctx, call, (To*)to.data, (const From*)from.data);
+}
+// `scaled`: call.scale already holds the tensor scale.
+inline void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
+    if (from.type == Type::bf16) {
+        if (to.type == Type::bf16) quantise_operand<bf16, bf16>(ctx, call, scaled, to, from);
+        else quantise_operand<acc_t, bf16>(ctx, call, scaled, to, from);
+    } else if (to.type == Type::bf16) quantise_operand<bf16, acc_t>(ctx, call, scaled, to, from);
+    else quantise_operand<acc_t, acc_t>(ctx, call, scaled, to, from);
 }
 
 // Whether operand `which` has the tensor scale of the operand that was made of the same matrix before it in this pass: a third of
 // the passes over memory that amaxes cost, and no bit of difference.
 inline bool same_scale(const Recipe& r, Which which, bool nearest) {
-    const Which before[] = {operand_count, operand_count, operand_count, fprop_w, dgrad_d, fprop_x};
-    if (before[which] == operand_count) return false;
-    Operand a = r.cell[before[which]], b = r.cell[which];
+    if (made_before[which] == operand_count) return false;
+    Operand a = r.cell[made_before[which]], b = r.cell[which];
     if (nearest) a.rounding = b.rounding = Rounding::nearest;
-    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && scale_rule(a).full == scale_rule(b).full;
+    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && !a.split && !b.split && scale_rule(a).full == scale_rule(b).full;
+}
+
+// An operand of a GEMM as product() takes it. r: the residual, or all of it, (outer x contracted). Of a split one also the thin
+// factors o (outer x k) and c (k x contracted), each with its tensor scale, and l, the k singular values.
+struct Prepared {
+    Mat r;
+    bool split = false;
+    Mat o = {}, c = {};
+    const acc_t* l = nullptr;
+};
+
+// A, L and B of `source` (rows x cols) and what they leave of it to quantise: fills call.low_a, low_b, k; p's o, c, l as of axis row.
+inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, QuantCall& call, Mat source, Prepared& p) {
+    const SideScratch& side = s.side[which & 1];
+    const Recipe& recipe = *lin.recipe;
+    Operand cell = call.cell;
+    int k = lin.splits.k;
+    int64_t rows = call.rows, cols = call.cols, chunks = (rows + 255) / 256;
+    Type type = operand_type(cell.format);
+    acc_t *basis = lin.splits.basis[matrix_of[which]], *t = lin.splits.projected[matrix_of[which]];
+    Mat qa = {side.a, type, k}, qb = {side.b, type, cols};
+
+    bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;
+    if (first) {
+        bool due = ctx.step == 0 || (ctx.step + lin.id) % recipe.split.refresh == 0;
+        int64_t samples = matrix_of[which] == matrix_w ? rows : sampled_rows(recipe.split, k, rows);
+        RandomKey key = {ctx.seed, ctx.step, 0, lin.id, (uint32_t)which, Purpose::rows};
+        if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, recipe.split, ctx.step > 0, key, s.subspace);
+        Mat b = mat((const acc_t*)basis, cols);
+        if (source.type == Type::bf16) convert(ctx, qb, b, k, cols, true), b = qb;
+        matmul(ctx, "split project", t, k, source, b.transposed(), rows, k, cols, 0);
+    }
+    // L: the lengths of the columns of M B, in a fixed order; A = M B / L.
+    acc_t *partial = side.partial, *l = side.norms, *unit = side.unit;
+    for_rows<split_norms>(ctx, {(double)rows * k * sizeof(acc_t), 0}, chunks, KERNEL(Group<32> g, int64_t r) {
+        acc_t* sum = partial + r * k;
+        g.each(k, [=](int j) {
+            sum[j] = 0;
+            for (int64_t i = r * 256; i < rows && i < (r + 1) * 256; i++) sum[j] += t[i * k + j] * t[i * k + j];
+        });
+    });
+    for_rows<split_lengths>(ctx, {}, 1, KERNEL(Group<32> g, int64_t) {
+        g.each(k, [=](int j) {
+            acc_t sum = 0;
+            for (int64_t i = 0; i < chunks; i++) sum += partial[i * k + j];
+            l[j] = std::sqrt(sum);
+        });
+    });
+    for_rows<split_factors>(ctx, {2. * rows * k * sizeof(acc_t), 0}, rows, KERNEL(Group<32> g, int64_t r) {
+        g.each(k, [=](int j) { unit[r * k + j] = l[j] > 0 ? t[r * k + j] / l[j] : l[j]; });
+    });
+    if (cell.factors == Factors::exact) convert(ctx, qa, mat((const acc_t*)unit, k), rows, k, true), convert(ctx, qb, mat((const acc_t*)basis, cols), k, cols, true);
+    else {
+        Operand thin = {cell.format, Block::vector, cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest, cell.scale};
+        QuantCall a = call, b = call;
+        a.cell = b.cell = thin, a.tally = b.tally = nullptr;
+        a.cols = k, a.key.operand += 8, a.scale = side.scales;
+        b.rows = k, b.key.operand += 16, b.scale = side.scales + 2;
+        quantise_operand(ctx, a, false, qa, mat((const acc_t*)unit, k));
+        quantise_operand(ctx, b, false, qb, mat((const acc_t*)basis, cols));
+        if (has_tensor_scale(cell.format)) qa.scale = a.scale + 1, qb.scale = b.scale + 1;
+    }
+    // The low-rank part that the residual is taken against, in float.
+    call.k = k;
+    if (cell.residual == Residual::exact) call.low_a = t, call.low_b = basis;
+    else {
+        const float *sa = qa.scale, *sb = qb.scale;
+        const void *a = qa.data, *b = qb.data;
+        acc_t *low_a = side.low_a, *low_b = side.low_b;
+        bool half = type == Type::bf16;
+        for_rows<split_factors>(ctx, {2. * rows * k * sizeof(acc_t), 0}, rows, KERNEL(Group<32> g, int64_t r) {
+            acc_t scale = (sa ? *sa : 1.f) * (sb ? *sb : 1.f);
+            g.each(k, [=](int j) { low_a[r * k + j] = (half ? (acc_t)load((const bf16*)a + r * k + j) : ((const acc_t*)a)[r * k + j]) * (scale * l[j]); });
+        });
+        for_rows<split_factors>(ctx, {2. * cols * k * sizeof(acc_t), 0}, k, KERNEL(Group<32> g, int64_t r) {
+            g.each((int)cols, [=](int j) { low_b[r * cols + j] = half ? (acc_t)load((const bf16*)b + r * cols + j) : ((const acc_t*)b)[r * cols + j]; });
+        });
+        call.low_a = low_a, call.low_b = low_b;
+    }
+    p.split = true, p.o = qa, p.c = qb, p.l = l;
 }
 
 // Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in s.a or s.b unless it can be used
-// as it lies. `axis`: where in `source` the contracted dimension is.
-inline Mat prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols) {
+// as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted).
+inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols) {
     Operand cell = lin.recipe->cell[which];
-    if (operand_bytes(cell, source.type, 1) == 0) return source;
     bool second = which & 1;
-    void* buffer = second ? s.b : s.a;
-    Mat made = {buffer, operand_type(cell.format), cols};
-    if (!is_quantised(cell.format)) {
-        bool round = cell.format == Format::bf16;
-        if (source.type == Type::bf16) convert(ctx, (acc_t*)buffer, (const bf16*)source.data, rows, cols, round);
-        else if (made.type == Type::bf16) convert(ctx, (bf16*)buffer, (const acc_t*)source.data, rows, cols, round);
-        else convert(ctx, (acc_t*)buffer, (const acc_t*)source.data, rows, cols, round);
-        return made;
+    Prepared p;
+    p.r = source;
+    if (operand_bytes(cell, source.type, 1) != 0) {
+        p.r = {second ? s.b : s.a, operand_type(cell.format), cols};
+        if (!is_quantised(cell.format)) convert(ctx, p.r, source, rows, cols, cell.format == Format::bf16);
+        else {
+            if (s.nearest) cell.rounding = Rounding::nearest, cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;
+            RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rounding}, sign_key = key;
+            sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
+            float* scale = lin.scales ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * second;
+            bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
+            QuantCall call = {cell, axis, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
+            if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
+            quantise_operand(ctx, call, scaled, p.r, source);
+            if (has_tensor_scale(cell.format)) p.r.scale = call.scale + 1;
+        }
     }
-    if (s.nearest) cell.rounding = Rounding::nearest;
-    RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rounding}, sign_key = key;
-    sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
-    const int matrix[] = {0, 1, 2, 1, 2, 0};                // X, W or D
-    float* scale = lin.scales ? lin.scales + 2 * matrix[which] : s.scales + 2 * second;
-    bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
-    QuantCall call = {cell, axis, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
-    if (source.type == Type::bf16) {
-        if (made.type == Type::bf16) quantise_operand<bf16, bf16>(ctx, call, scaled, buffer, source);
-        else quantise_operand<acc_t, bf16>(ctx, call, scaled, buffer, source);
-    } else if (made.type == Type::bf16) quantise_operand<bf16, acc_t>(ctx, call, scaled, buffer, source);
-    else quantise_operand<acc_t, acc_t>(ctx, call, scaled, buffer, source);
-    if (has_tensor_scale(cell.format)) made.scale = call.scale + 1;
-    return made;
+    if (axis == Axis::column) {
+        p.r = p.r.transposed();
+        Mat a = p.o;
+        p.o = p.c.transposed(), p.c = a.transposed();
+    }
+    return p;
+}
+
+// One side's factor of the thin product, (outer x columns): [own O | cross L_other S_other] for the first operand of the GEMM,
+// [L_other S_other (cross + O L S inner) | own O] for the second; a half is there only if its operand is split.
+template <class To> void thin_factor(Ctx& ctx, To* to, const acc_t* cross, const Prepared& own, const Prepared& other, const acc_t* inner, bool second, int64_t outer, int k) {
+    const void* o = own.o.data;
+    int64_t o_row = own.o.trans ? 1 : own.o.ld, o_col = own.o.trans ? own.o.ld : 1;
+    const float *own_scale = own.o.scale, *other_scale = other.o.scale;
+    const acc_t *own_l = own.l, *other_l = other.l;
+    bool has_own = own.split, has_other = other.split, both = has_own && has_other;
+    int width = both ? 2 * k : k, own_at = second && both ? k : 0, other_at = !second && both ? k : 0;
+    for_rows<split_thin>(ctx, {(double)outer * width * sizeof(To) * 2, 0}, outer, KERNEL(Group<32> g, int64_t r) {
+        auto code = [=](int i) { return (acc_t)load((const To*)o + r * o_row + i * o_col); };
+        if (has_own) g.each(k, [=](int i) { store(to + r * width + own_at + i, (float)code(i)); });
+        if (!has_other) return;
+        acc_t scale = other_scale ? (acc_t)*other_scale : 1, mine = own_scale ? (acc_t)*own_scale : 1;
+        g.each(k, [=](int j) {
+            acc_t v = cross[r * k + j];
+            if (second && both)
+                for (int i = 0; i < k; i++) v += code(i) * (mine * own_l[i]) * inner[j * k + i];
+            store(to + r * width + other_at + j, (float)(v * (other_l[j] * scale)));
+        });
+    });
+}
+
+// Y (m x n) = P (m x contracted) Q^T, plus beta Y.
+template <class T> void product(Ctx& ctx, const OperandScratch& s, const std::string& name, T* y, int64_t ld, const Prepared& p, const Prepared& q, int64_t m,
+                                int64_t n, int64_t contracted, int beta, int k) {
+    Thin thin;
+    if (p.split || q.split) {
+        const SideScratch &sp = s.side[0], &sq = s.side[1];
+        if (q.split) matmul(ctx, "split thin", sp.cross, k, p.r, q.c.transposed(), m, k, contracted, 0);
+        if (p.split) matmul(ctx, "split thin", sq.cross, k, q.r, p.c.transposed(), n, k, contracted, 0);
+        if (p.split && q.split) matmul(ctx, "split thin", s.inner, k, p.c, q.c.transposed(), k, k, contracted, 0);
+        thin.k = p.split && q.split ? 2 * k : k;
+        auto make = [&](auto type) {
+            typedef decltype(type) To;
+            thin_factor(ctx, (To*)sp.thin, sp.cross, p, q, s.inner, false, m, k);
+            thin_factor(ctx, (To*)sq.thin, sq.cross, q, p, s.inner, true, n, k);
+            thin.a = mat((const To*)sp.thin, thin.k), thin.b = mat((const To*)sq.thin, thin.k).transposed();
+        };
+        if (p.r.type == Type::bf16) make(bf16());
+        else make(acc_t());
+    }
+    matmul(ctx, name.c_str(), y, ld, p.r, q.r.transposed(), m, n, contracted, beta, thin);
 }
 
 // Y (rows x out) = X (rows x in) W^T.
 template <class T> void linear_forward(Ctx& ctx, const Linear& lin, const OperandScratch& s, T* y, Mat x, int64_t rows) {
-    Mat a = prepare(ctx, lin, fprop_x, s, Axis::row, x, rows, lin.in);
-    Mat b = prepare(ctx, lin, fprop_w, s, Axis::row, mat(lin.w, lin.in), lin.out, lin.in);
-    matmul(ctx, lin.fprop.c_str(), y, lin.out, a, b.transposed(), rows, lin.out, lin.in, 0);
+    Prepared p = prepare(ctx, lin, fprop_x, s, Axis::row, x, rows, lin.in);
+    Prepared q = prepare(ctx, lin, fprop_w, s, Axis::row, mat(lin.w, lin.in), lin.out, lin.in);
+    product(ctx, s, lin.fprop, y, lin.out, p, q, rows, lin.out, lin.in, 0, lin.splits.k);
 }
 
 // dX (rows x in) = D (rows x out) W; dW (out x in) += D^T X.
 template <class T> void linear_backward(Ctx& ctx, const Linear& lin, const OperandScratch& s, T* dx, Mat d, Mat x, int64_t rows) {
-    Mat a = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out);
-    Mat b = prepare(ctx, lin, dgrad_w, s, Axis::column, mat(lin.w, lin.in), lin.out, lin.in);
-    matmul(ctx, lin.dgrad.c_str(), dx, lin.in, a, b, rows, lin.in, lin.out, 0);
+    Prepared p = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out);
+    Prepared q = prepare(ctx, lin, dgrad_w, s, Axis::column, mat(lin.w, lin.in), lin.out, lin.in);
+    product(ctx, s, lin.dgrad, dx, lin.in, p, q, rows, lin.in, lin.out, 0, lin.splits.k);
 
-    // Without blocks, a Hadamard or random draws an operand has no axis: D serves twice.
+    // Without blocks, a Hadamard, a split or random draws an operand has no axis: D serves twice.
     const Operand &once = lin.recipe->cell[dgrad_d], &again = lin.recipe->cell[wgrad_d];
-    bool same = once == again && !has_blocks(once.format) && !once.hadamard && once.rounding == Rounding::nearest;
-    if (!same) a = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out);
-    b = prepare(ctx, lin, wgrad_x, s, Axis::column, x, rows, lin.in);
-    matmul(ctx, lin.wgrad.c_str(), lin.dw, lin.in, a.transposed(), b, lin.out, lin.in, rows, 1);
+    bool same = once == again && !has_blocks(once.format) && !once.hadamard && !once.split && once.rounding == Rounding::nearest;
+    if (same) p.r = p.r.transposed();
+    else p = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out);
+    q = prepare(ctx, lin, wgrad_x, s, Axis::column, x, rows, lin.in);
+    product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 1, lin.splits.k);
 }

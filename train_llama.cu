@@ -360,6 +360,9 @@ static void check_shapes(const Options& o, const Precision& p, const Config& c) 
     for (auto [name, size] : widths)
         for (int i = 0; i < wgrad_d; i++) check(i, name, size);
     for (auto [name, size] : tokens) check(wgrad_d, name, size);
+    int k = split_rank(p.recipe.split, c.dim);
+    for (auto [name, size] : widths)
+        if ((is_split(p.recipe) || is_split(p.eval)) && k > size) fail("a split of rank %d needs matrices at least as wide, and %s is %lld: lower split.rank, or widen the model", k, name, (long long)size);
 }
 
 // Peak to min_lr: linear warmup, then the schedule. The step counts from 1.
@@ -703,9 +706,11 @@ static void save(Run& run, FILE* log) {
     };
     nlohmann::ordered_json state = {{"options", saved_options(run.o)}, {"bad_steps", run.bad_steps}, {"build", BUILD},
         {"data", std::to_string(run.train_data.fingerprint())}};
-    std::string dir = save_checkpoint(run.o.out, run.step, write_config(m.config),
-        {{"model.safetensors", tensor_entries(m.tensors, {{"", source(m.params)}})},
-         {"optimizer.safetensors", tensor_entries(m.tensors, {{".exp_avg", source(m.m)}, {".exp_avg_sq", source(m.v)}})}}, state);
+    std::vector<CheckpointFile> files = {
+        {"model.safetensors", tensor_entries(m.tensors, {{"", source(m.params)}})},
+        {"optimizer.safetensors", tensor_entries(m.tensors, {{".exp_avg", source(m.m)}, {".exp_avg_sq", source(m.v)}})}};
+    if (m.k) files.push_back({"bases.safetensors", tensor_entries(m.bases, {{"", source(m.basis)}})});
+    std::string dir = save_checkpoint(run.o.out, run.step, write_config(m.config), files, state);
     prune_checkpoints(run.o.out, run.o.keep);
     printf("saved %s\n", dir.c_str());
 }
@@ -1071,6 +1076,7 @@ int main(int argc, char** argv) {
         load_parameters(WeightFiles(checkpoint), run.model.tensors, sink(ctx, run.model.params));
         if (training) load_tensors(WeightFiles(checkpoint + "/optimizer.safetensors"), run.model.tensors,
             {{".exp_avg", sink(ctx, run.model.m)}, {".exp_avg_sq", sink(ctx, run.model.v)}});
+        if (run.model.k) load_tensors(WeightFiles(checkpoint + "/bases.safetensors"), run.model.bases, {{"", sink(ctx, run.model.basis)}});
     } else if (!weights.empty()) load_parameters(WeightFiles(weights), run.model.tensors, sink(ctx, run.model.params));
     else initialise(ctx, run.model);
 

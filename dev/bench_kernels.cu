@@ -108,7 +108,7 @@ int main(int argc, char** argv) {
     printf("GEMMs of FP4 operands against float ones, %s\n", type == Type::bf16 ? "multiplied as bf16" : "multiplied as float: no bf16 units");
     int64_t l = std::min<int64_t>(N, 4096);
     lin.recipe = &rows[0];
-    Mat px = prepare(ctx, lin, fprop_x, scratch, Axis::row, mat(gu, W), l, W), pw = prepare(ctx, lin, fprop_w, scratch, Axis::row, mat(weight, C), W, C);
+    Mat px = prepare(ctx, lin, fprop_x, scratch, Axis::row, mat(gu, W), l, W).r, pw = prepare(ctx, lin, fprop_w, scratch, Axis::row, mat(weight, C), W, C).r;
     struct { const char* name; int64_t m, n, k; bool ta, tb; int beta; } gemms[] = {{"fprop", l, W, C, false, true, 0}, {"dgrad", l, C, W, false, false, 0}, {"wgrad", W, C, l, true, false, 1}};
     for (auto& q : gemms) {
         auto operand = [&](const Mat& m, int64_t height, int64_t width, bool trans) { return Mat{m.data, m.type, trans ? height : width, trans, m.scale}; };

@@ -18,7 +18,7 @@ parser.add_argument("--batches", type=int, default=4)
 parser.add_argument("--batch", default="8")
 parser.add_argument("--seq", default="256")
 parser.add_argument("--seed", default="1")
-o = parser.parse_args()
+o = parser.parse_intermixed_args()
 
 print(f"{'recipe':44} loss gap   gradient error      cosine   x err   w err   d err")
 for variant in o.variants:

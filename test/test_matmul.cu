@@ -197,7 +197,7 @@ template <class S> static void test_prepare_source(Run& r, Operand cell, int64_t
     Linear layer = {"", "", "", cols, 1, nullptr, nullptr, &row};
     OperandScratch scratch;
     scratch.a = bytes ? made.p : nullptr;
-    Mat m = prepare(r.ctx, layer, fprop_x, scratch, Axis::row, mat(x.p, cols), rows, cols);
+    Mat m = prepare(r.ctx, layer, fprop_x, scratch, Axis::row, mat(x.p, cols), rows, cols).r;
     r.verdict.note(m.ld == cols && !m.trans && m.type == operand_type(cell.format), "wrong shape or type");
     if (as_is) return r.verdict.note(m.data == x.p, "copied for nothing");
     made.fetch();
