@@ -44,16 +44,16 @@ constexpr auto vec = Block::vector, square = Block::square;
 constexpr auto rn = Rounding::nearest, sr = Rounding::stochastic;
 constexpr Operand f32 = {Format::f32}, b16 = {Format::bf16}, fp8 = {Format::fp8}, fp8g = {Format::fp8_e5m2};
 constexpr Operand mx8 = {Format::mxfp8, vec, rn, Scale::ceil}, mx4 = {Format::mxfp4, vec, rn, Scale::ceil};
-constexpr Operand nv = {Format::nvfp4}, nv_sr = {Format::nvfp4, vec, sr}, nv_sq = {Format::nvfp4, square};
-constexpr Operand nv_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nv_sr_h = {Format::nvfp4, vec, sr, Scale::te, 16};
+constexpr Operand nvf = {Format::nvfp4}, nvf_sr = {Format::nvfp4, vec, sr}, nvf_sq = {Format::nvfp4, square};
+constexpr Operand nvf_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nvf_sr_h = {Format::nvfp4, vec, sr, Scale::te, 16};
 constexpr Operand fs = {Format::nvfp4, vec, rn, Scale::four_six}, fs_sq = {Format::nvfp4, square, rn, Scale::four_six};
 constexpr Operand fs_sr = {Format::nvfp4, vec, sr, Scale::four_six}, fs_h = {Format::nvfp4, vec, rn, Scale::four_six, 16};
+constexpr Operand fs_sr_h = {Format::nvfp4, vec, sr, Scale::four_six, 16};
 constexpr Operand split(Operand c) {
     c.split = true;
     return c;
 }
-constexpr Operand ms = split(nv), ms_sr = split(nv_sr);
-constexpr Operand fs_sr_h = {Format::nvfp4, vec, sr, Scale::four_six, 16};
+constexpr Operand ms = split(nvf), ms_sr = split(nvf_sr);
 
 // Sources, in the order of the rows: FP8 current scaling and MXFP8 as TransformerEngine does them (E5M2 for D; E4M3 for all);
 // nvfp4-sr: arXiv 2509.25149 found stochastic rounding to help D and to harm X and W; nvidia: that paper's recipe, the bf16 blocks
@@ -72,11 +72,11 @@ inline const std::vector<Recipe>& recipes() {
         {"mxfp8",         "E4M3 in blocks of 32 under power-of-two scales",
                           {mx8,  mx8,     mx8,   mx8,    mx8,     mx8}},
         {"nvfp4",         "E2M1 in blocks of 16 under E4M3 scales, nearest everywhere",
-                          {nv,   nv,      nv,    nv,     nv,      nv}},
+                          {nvf,   nvf,      nvf,    nvf,     nvf,      nvf}},
         {"nvfp4-sr",      "the same, gradients rounded stochastically",
-                          {nv,   nv,      nv_sr, nv,     nv_sr,   nv}},
+                          {nvf,   nvf,      nvf_sr, nvf,     nvf_sr,   nvf}},
         {"nvidia",        "NVIDIA's: square weight blocks, Hadamard in wgrad, stochastic D, 15% of blocks bf16",
-                          {nv,   nv_sq,   nv_sr, nv_sq,  nv_sr_h, nv_h}, 0.15},
+                          {nvf,   nvf_sq,   nvf_sr, nvf_sq,  nvf_sr_h, nvf_h}, 0.15},
         {"mxfp4",         "E2M1 in blocks of 32 under power-of-two scales, nearest everywhere",
                           {mx4,  mx4,     mx4,   mx4,    mx4,     mx4}},
         {"four-over-six", "nvidia, each block's largest element on 6 or on 4, whichever errs less",
