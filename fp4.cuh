@@ -487,7 +487,8 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
                 elements(g, t, [&](int k, int u) {
                     float x = s.v[k], y = code_of(x * s.enc[u], k) * s.dec[u] * S_dec;
                     s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
-                           : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f) : 1.f;
+                           : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
+                           : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
                 });
                 g.sync();
                 float total = (float)g.sum(tile_size, [](acc_t v) { return v; }, (const float*)s.e);
