@@ -48,7 +48,8 @@ ifeq ($(GPU),1)
 else
   DIR    = build/$(if $(filter 1,$(REF)),ref,cpu)$(if $(SAN),-asan)
   MARCH ?= $(if $(filter 1,$(REF)),x86-64-v3,native)
-  CPUFLAGS = $(CXXFLAGS) -march=$(MARCH) $(if $(filter 1,$(ONEDNN)),-DMETIS_ONEDNN) $(SAN)
+  # 512-bit vectors where the CPU has them: quantisers gain 15 to 25%, the rest is memory-bound (dev/LOG.md).
+  CPUFLAGS = $(CXXFLAGS) -march=$(MARCH) $(if $(filter 1,$(REF)),,-mprefer-vector-width=512) $(if $(filter 1,$(ONEDNN)),-DMETIS_ONEDNN) $(SAN)
   BUILD  = CPU $(MARCH), $(if $(filter 1,$(ONEDNN)),oneDNN,plain loops), $(CXX) $(shell $(CXX) -dumpfullversion -dumpversion), commit $(COMMIT)
   COMPILE = $(CXX) $(CPUFLAGS) -x c++
   LIBS   = $(if $(filter 1,$(ONEDNN)),-ldnnl)
@@ -60,7 +61,7 @@ train_llama: $(DIR)/train_llama
 	@cp $< $@.tmp && mv $@.tmp $@
 	@echo "→ ./train_llama: $(BUILD)"
 
-CPU_ONEDNN = $(if $(filter 1,$(ONEDNN)),✓ oneDNN,✗ oneDNN not found: plain loops; apt install libdnnl-dev for 10x the speed)
+CPU_ONEDNN = $(if $(filter 1,$(REF)),the reference build: plain loops,$(if $(filter 1,$(ONEDNN)),✓ oneDNN,✗ oneDNN not found: plain loops; apt install libdnnl-dev for 10x the speed))
 $(DIR)/train_llama: train_llama.cu | found
 	@mkdir -p $(DIR)
 	$(COMPILE) -MMD -MP -MF $@.d -DBUILD='"$(BUILD)"' $< -o $@ $(LIBS)

@@ -88,8 +88,8 @@ HD bool is_finite(double v) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Math that both machines compute to the same bits and compilers vectorise: polynomials fitted for minimal relative error
-// (dev/fit_math.py), at most 2 units in the last place over the stated range; test/test_kernels.cu checks them against libm.
+// Math that both machines compute to the same bits and compilers vectorise: polynomials fitted for minimal relative error,
+// at most 2 units in the last place over the stated range; test/test_kernels.cu checks them against libm.
 
 // e^x. 0 below -87.3, infinity above 88.37 (just short of FLT_MAX, so that 2^n never needs two factors); NaN stays NaN.
 HD float exp_(float x) {

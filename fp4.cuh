@@ -141,7 +141,7 @@ inline ScaleRule scale_rule(Operand c) {
 constexpr int tile_size = 4096, tile_units = 256;
 struct QuantStage {
     float v[tile_size];                                             // elements; after rounding their values
-    float e[tile_size];                                             // a low-rank part's columns; terms of the tally
+    float e[tile_size];                                             // terms of the tally
     union {
         uint16_t random[tile_size];
         float low[tile_size / 2];                                   // a low-rank part's rows
@@ -245,24 +245,26 @@ template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, co
     g.sync();
 }
 
-// v -= A B on the tile: A (rows x k), B (k x cols), k a multiple of 16; 16 columns of A and rows of B at a time beside the tile.
+// v -= A B on the tile: A (rows x k), B (k x cols), k a multiple of 16; 16 columns of A beside the tile and 16 rows of B at a time.
 template <class G> HD void subtract(G g, const TileShape& t, QuantStage& s, const acc_t* a, const acc_t* b, int k, int64_t r0, int64_t c0) {
+    int width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+    int64_t ld = t.cols;
     for (int k0 = 0; k0 < k; k0 += 16) {
-        g.grid16(t.R, [&](int r, int j) { s.low[16 * r + j] = r0 + r < t.rows ? (float)a[(r0 + r) * k + k0 + j] : 0.f; });
-        int width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-        const acc_t* corner = b + k0 * t.cols + c0;
-        if (width < t.C) g.each(16 << t.shift, [&](int i) { s.e[i] = 0; });
-        if (width < t.C) g.sync();
-        g.tile(16, width, t.shift, [&](int j, int c) { s.e[(j << t.shift) + c] = (float)corner[j * t.cols + c]; });
+        g.grid16(t.R, [&](int r, int j) { s.low[16 * r + j] = r0 + r < t.rows ? (float)-a[(r0 + r) * k + k0 + j] : 0.f; });
         g.sync();
-        for (int r = 0; r < t.R; r++) {
-            float *v = s.v + (r << t.shift), *e = s.e;
+        const acc_t* below = b + k0 * ld + c0;
+        for (int r = 0; r < t.R; r += 4) {                                          // four rows share what is read of B
+            float* v = s.v + (r << t.shift);
             const float* row = s.low + 16 * r;
-            int shift = t.shift;
-            g.each(t.C, [=](int c) {
-                float x = v[c];
-                for (int j = 0; j < 16; j++) x = fmaf(-row[j], e[(j << shift) + c], x);
-                v[c] = x;
+            int C = t.C;
+            g.each(width, [=](int c) {
+                float x0 = v[c], x1 = v[C + c], x2 = v[2 * C + c], x3 = v[3 * C + c];
+                #pragma GCC unroll 16
+                for (int j = 0; j < 16; j++) {
+                    float y = (float)below[j * ld + c];
+                    x0 = fmaf(row[j], y, x0), x1 = fmaf(row[16 + j], y, x1), x2 = fmaf(row[32 + j], y, x2), x3 = fmaf(row[48 + j], y, x3);
+                }
+                v[c] = x0, v[C + c] = x1, v[2 * C + c] = x2, v[3 * C + c] = x3;
             });
         }
         g.sync();

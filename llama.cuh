@@ -354,7 +354,7 @@ inline void swiglu_grad(Ctx& ctx, act_t* gu, const act_t* ds, int64_t N, int F) 
     for_rows<swiglu_backward>(ctx, {N * F * sizeof(act_t) * 5., N * F * 12.}, N, KERNEL(Group<32> g, int64_t r) {
         g.map(F, [](acc_t& a, acc_t& b, acc_t d) {
             acc_t sig = 1 / (1 + exp_(-a)), silu = a * sig;
-            a = d * b * (sig + silu - silu * sig);
+            a = d * b * (sig + silu * (1 - sig));
             b = d * silu;
         }, gu + r * 2 * F, gu + r * 2 * F + F, ds + r * F);
     });

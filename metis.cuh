@@ -319,13 +319,14 @@ inline void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const
     else quantise_operand<acc_t, acc_t>(ctx, call, scaled, to, from);
 }
 
-// Whether operand `which` has the tensor scale of the operand that was made of the same matrix before it in this pass: a third of
-// the passes over memory that amaxes cost, and no bit of difference.
+// Whether operand `which` takes over the tensor scale of the operand that was made of the same matrix before it in this pass: half
+// of the passes over memory that amaxes cost. Without a split it is the same number. The two residuals of a split matrix differ by
+// how the factors were rounded; should the second have a block beyond the first's amax, that block's scale saturates at 448.
 inline bool same_scale(const Recipe& r, Which which, bool nearest) {
     if (made_before[which] == operand_count) return false;
     Operand a = r.cell[made_before[which]], b = r.cell[which];
     if (nearest) a.rounding = b.rounding = Rounding::nearest;
-    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && !a.split && !b.split && scale_rule(a).full == scale_rule(b).full;
+    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && a.split == b.split && scale_rule(a).full == scale_rule(b).full;
 }
 
 // An operand of a GEMM as product() takes it. r: the residual, or all of it, (outer x contracted). Of a split one also the thin
@@ -356,7 +357,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, recipe.split, ctx.step > 0, key, s.subspace);
         Mat b = mat((const acc_t*)basis, cols);
         if (source.type == Type::bf16) convert(ctx, qb, b, k, cols, true), b = qb;
-        matmul(ctx, "split project", t, k, source, b.transposed(), rows, k, cols, 0);
+        matmul(ctx, "split M B", t, k, source, b.transposed(), rows, k, cols, 0);
     }
     // L: the lengths of the columns of M B, in a fixed order; A = M B / L.
     acc_t *partial = side.partial, *l = side.norms, *unit = side.unit;
@@ -467,9 +468,9 @@ template <class T> void product(Ctx& ctx, const OperandScratch& s, const std::st
     Thin thin;
     if (p.split || q.split) {
         const SideScratch &sp = s.side[0], &sq = s.side[1];
-        if (q.split) matmul(ctx, "split thin", sp.cross, k, p.r, q.c.transposed(), m, k, contracted, 0);
-        if (p.split) matmul(ctx, "split thin", sq.cross, k, q.r, p.c.transposed(), n, k, contracted, 0);
-        if (p.split && q.split) matmul(ctx, "split thin", s.inner, k, p.c, q.c.transposed(), k, k, contracted, 0);
+        if (q.split) matmul(ctx, "split R C", sp.cross, k, p.r, q.c.transposed(), m, k, contracted, 0);
+        if (p.split) matmul(ctx, "split R C", sq.cross, k, q.r, p.c.transposed(), n, k, contracted, 0);
+        if (p.split && q.split) matmul(ctx, "split C C", s.inner, k, p.c, q.c.transposed(), k, k, contracted, 0);
         thin.k = p.split && q.split ? 2 * k : k;
         auto make = [&](auto type) {
             typedef decltype(type) To;

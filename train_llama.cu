@@ -196,7 +196,7 @@ static void print_help(const std::vector<Option>& table) {
     for (const Option& t : table) {
         if (t.section) printf("\n%s\n", t.section);
         std::string usual = t.usual ? t.usual : t.value ? to_text(t) : "";
-        printf("  %-14s %-9s  %s%s%s%s\n", t.name, t.value ? t.value : "", t.help, usual.empty() ? "" : " (", usual.c_str(), usual.empty() ? "" : ")");
+        printf("  %-16s %-9s  %s%s%s%s\n", t.name, t.value ? t.value : "", t.help, usual.empty() ? "" : " (", usual.c_str(), usual.empty() ? "" : ")");
     }
     printf("\nPresets (named by parameters without embedding and head)\n  %-12s layers  dim heads kv   ffn batch  seq   lr\n", "name");
     for (const Preset& p : presets)
