@@ -4,6 +4,7 @@
 # make test-asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-compile     compiles the GPU program for sm_80, 89, 90a, 100a and 120a as far as this nvcc knows them, and its tests for one
 # make bench           ratios against PyTorch, the matmul peak and copy bandwidth, in one run
+# make compare         recipes on the same data and seeds: a table and a plot; COMPARE="--data my.txt --steps 1000 --seeds 3"
 # make clean
 #
 # GPU=0|1              force the CPU or the GPU program           ARCH=90a    GPU target (default: the GPU found)
@@ -132,6 +133,8 @@ build/compile/check/%.o:
 	@mkdir -p build/compile/check
 	$(NVCC) $(NVCCFLAGS) -gencode arch=compute_90a,code=sm_90a $(if $(findstring float,$*),-DMETIS_ACT_FLOAT) -MMD -MP -MF $@.d -c $< -o $@
 
+compare: $(DIR)/train_llama data/stories.txt
+	@$(PYTHON) dev/compare.py $(DIR)/train_llama $(COMPARE)
 bench: $(DIR)/train_llama $(DIR)/bench_kernels data/stories.txt
 	@$(PYTHON) dev/bench.py $(DIR)/train_llama
 clean:
@@ -139,6 +142,6 @@ clean:
 help:
 	@sed -n '/^# make/,/^$$/p' Makefile | sed 's/^# \?//'
 
-.PHONY: all run found test test-asan gpu-compile bench clean help
+.PHONY: all run found test test-asan gpu-compile bench compare clean help
 .DELETE_ON_ERROR:
 -include $(wildcard build/*/*.d build/*/*/*.d)

@@ -76,26 +76,35 @@ HD float decode(uint8_t code, Minifloat f) {
 // E8M0: byte f means 2^(f - 127), 0xff NaN. Of the scale for a block of this amax: `floor` takes amax's exponent less the largest
 // element's (elements reach 2^(emax+1) and saturate), `ceil` the smallest power of two under which nothing saturates.
 HD uint32_t e8m0_floor(float amax, Minifloat f) {
-    uint32_t field = bits_of(amax) >> 23, emax = (bits_of(f.max) >> 23) - 127;
-    return field == 255 ? 255 : field > emax ? field - emax : 0;
+    uint32_t field = bits_of(amax) >> 23, emax = (bits_of(f.max) >> 23) - 127, low = field > emax ? field - emax : 0;
+    return field == 255 ? 255 : low;
 }
 HD uint32_t e8m0_ceil(float amax, Minifloat f) {
-    uint32_t u = bits_of(amax * (1.f / f.max)), field = u >> 23, rest = u & 0x7fffff;
-    uint32_t up = field + (rest != 0 && !(field == 0 && rest <= 0x400000) ? 1 : 0);
-    return !is_finite(amax) ? 255 : up < 254 ? up : 254;
+    uint32_t u = bits_of(amax * (1.f / f.max)), up = (u + 0x7fffff) >> 23;      // any mantissa carries into the exponent
+    up = u <= 0x400000 ? 0 : up;                                                // up to 2^-127, the smallest scale
+    up = up < 254 ? up : 254;
+    return bits_of(amax) >= 0x7f800000u ? 255 : up;
 }
-HD float decode_e8m0(uint32_t f) { return f == 255 ? float_of(0x7fc00000u) : f == 0 ? float_of(0x00400000u) : float_of(f << 23); }
-HD float inverse_e8m0(uint32_t f) { return f == 255 ? float_of(0x7fc00000u) : f == 254 ? float_of(0x00400000u) : float_of((254 - f) << 23); }
+HD float decode_e8m0(uint32_t f) {
+    uint32_t u = f == 0 ? 0x00400000u : f << 23;
+    return float_of(f == 255 ? 0x7fc00000u : u);
+}
+HD float inverse_e8m0(uint32_t f) {
+    uint32_t u = f == 254 ? 0x00400000u : (254 - f) << 23;
+    return float_of(f == 255 ? 0x7fc00000u : u);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Cells
 
-enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4 };
+enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4, e2m1 };   // e2m1: blocks of 16 under float scales, never rounded
 enum class Block { vector, square };                  // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32)
 enum class Rounding { nearest, stochastic };
 enum class Scale { te, headroom, four_six, floor, ceil };
 enum class Signs { fixed, random, plus };
 enum class Factors { nearest, stochastic, exact };    // a split operand's thin factors: rounded to the operand's format, or bf16
+enum class Along { contracted, other };               // blocks along the axis that the GEMM contracts, as tensor cores need them, or not
+enum class Draws { own, before };                     // random bits of its own, or those of the matrix's operand before: then the same values
 enum class Residual { quantised, exact };             // what the residual is taken against: the low-rank part as rounded, or unrounded
 
 // How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else.
@@ -109,16 +118,19 @@ struct Operand {
     bool split = false;             // into a low-rank part and a residual, each quantised on its own (metis.cuh)
     Factors factors = Factors::nearest;
     Residual residual = Residual::quantised;
+    Along along = Along::contracted;
+    Draws draws = Draws::own;
 };
 inline bool operator==(Operand a, Operand b) {
     return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard &&
-           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual;
+           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual && a.along == b.along && a.draws == b.draws;
 }
 
 inline bool is_quantised(Format f) { return f > Format::bf16; }
 inline bool has_blocks(Format f) { return f >= Format::mxfp8; }
+inline bool is_float_stored(Format f) { return f == Format::f32 || f == Format::e2m1; }      // no bf16 holds its values
 inline bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
-inline bool is_4bit(Format f) { return f == Format::nvfp4 || f == Format::mxfp4; }
+inline bool is_4bit(Format f) { return f >= Format::nvfp4; }
 inline int block_length(Format f) { return is_mx(f) ? 32 : 16; }
 inline Minifloat element_of(Format f) { return is_4bit(f) ? e2m1 : f == Format::fp8_e5m2 ? e5m2 : e4m3; }
 
@@ -336,7 +348,7 @@ inline size_t packed_scale_bytes(Operand c, int64_t outer, int64_t inner, ScaleO
     return (size_t)(order == ScaleOrder::plain ? outer * blocks : (outer + 127) / 128 * ((blocks + 3) / 4) * 512);
 }
 
-inline bool has_tensor_scale(Format f) { return is_quantised(f) && !is_mx(f); }
+inline bool has_tensor_scale(Format f) { return f == Format::fp8 || f == Format::fp8_e5m2 || f == Format::nvfp4; }
 
 constexpr int64_t amax_chunk = 16384;
 inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
@@ -404,6 +416,12 @@ HD BlockScale mx_scale(float amax, Minifloat f, bool ceil) {
     return {inverse_e8m0(e), decode_e8m0(e)};
 }
 
+// The published Metis code's scale (Metis/quant.py): amax / 6 + 1e-9 in float.
+HD BlockScale float_scale(float amax) {
+    float s = amax / 6.f + 1e-9f;
+    return {1.f / s, is_finite(amax) ? s : float_of(0x7fc00000u)};
+}
+
 // Stores a value that has at most 8 significant bits: the upper half of the float is all of it.
 HD void store_exact(bf16* p, float v) { p->bits = (uint16_t)(bits_of(v) >> 16); }
 template <class T> HD void store_exact(T* p, float v) { *p = v; }
@@ -451,30 +469,36 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             BlockScale b = mx_scale(s.amax[u], f, ceil);
             s.enc[u] = b.code, s.dec[u] = b.value;
         });
+        else if (cell.format == Format::e2m1) g.each(tile_units, [&](int u) {
+            BlockScale b = float_scale(s.amax[u]);
+            s.enc[u] = b.code, s.dec[u] = b.value;
+        });
         else g.each(tile_units, [&](int u) {
             float base = s.amax[u] * per_amax;
             BlockScale b = nvfp4_scale(base < 3.40282347e38f ? base : 3.40282347e38f, S_dec);
             s.enc[u] = b.code, s.dec[u] = b.value;
         });
         g.sync();
-        auto code_of = [&](float v, int k) { return stochastic ? round_stochastic(v, s.random[k], f) : round_nearest(v, f); };
+        auto nearest = [&](float v, int) { return round_nearest(v, f); };
+        auto random = [&](float v, int k) { return round_stochastic(v, s.random[k], f); };
 
         // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
         if (choose) {
             auto sum = [](float a, float b) { return a + b; };
             g.each(tile_units, [&](int u) {
-                BlockScale b = nvfp4_scale(1.5f * (s.amax[u] * per_amax), S_dec);
+                float base = s.amax[u] * per_amax;
+                BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
                 s.enc4[u] = b.code, s.dec4[u] = b.value;
             });
             g.sync();
-            units(g, t, s.err6, [&](int k, int u) {
-                float d = code_of(s.v[k] * s.enc[u], k) * s.dec[u] * S_dec - s.v[k];
-                return d * d;
-            }, sum);
-            units(g, t, s.err4, [&](int k, int u) {
-                float d = code_of(s.v[k] * s.enc4[u], k) * s.dec4[u] * S_dec - s.v[k];
-                return d * d;
-            }, sum);
+            auto errors = [&](auto round, const float* enc, const float* dec, float* to) {
+                units(g, t, to, [&](int k, int u) {
+                    float d = round(s.v[k] * enc[u], k) * dec[u] * S_dec - s.v[k];
+                    return d * d;
+                }, sum);
+            };
+            if (stochastic) errors(random, s.enc, s.dec, s.err6), errors(random, s.enc4, s.dec4, s.err4);
+            else errors(nearest, s.enc, s.dec, s.err6), errors(nearest, s.enc4, s.dec4, s.err4);
             combine(g, t, s.err6, s.group, square, false, sum);
             combine(g, t, s.err4, s.group, square, false, sum);
             g.each(tile_units, [&](int u) {
@@ -487,7 +511,7 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         if (tally && i % tally_every == 0)
             for (int what = 0; what < 5; what++) {
                 elements(g, t, [&](int k, int u) {
-                    float x = s.v[k], y = code_of(x * s.enc[u], k) * s.dec[u] * S_dec;
+                    float x = s.v[k], code = x * s.enc[u], y = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u] * S_dec;
                     s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
                            : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
                            : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
@@ -498,9 +522,13 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
                 g.sync();
             }
 
-        // Elements: nearest and stochastic apart, so that the loop of either is straight.
-        if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
-        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
+        // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
+        auto values = [&](auto round) { elements(g, t, [&](int k, int u) { s.v[k] = round(s.v[k] * s.enc[u], k) * s.dec[u]; }); };
+        auto codes = [&](auto round) { elements(g, t, [&](int k, int u) { s.v[k] = round(s.v[k] * s.enc[u], k); }); };
+        if (packed.codes && stochastic) codes(random);
+        else if (packed.codes) codes(nearest);
+        else if (stochastic) values(random);
+        else values(nearest);
         g.sync();
         if (packed.codes) {
             int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
@@ -524,7 +552,7 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             });
         }
         if (!to) return;
-        if (blocks) {
+        if (packed.codes) {
             g.sync();
             elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
             g.sync();

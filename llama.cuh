@@ -726,7 +726,7 @@ inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     Heads shape = heads_of(c, B, T);
     int64_t N = (int64_t)B * T;
     acc_t eps = (acc_t)c.norm_eps;
-    m.operands.refresh = m.training && ctx.micro == 0;
+    m.operands.refresh = m.training;
     to_device(ctx, m.tokens, tokens, N * sizeof(int));
     embed(ctx, m.acts[0].x, m.embed_w, m.tokens, N, c.dim);
     for (int l = 0; l < c.layers; l++) {
@@ -769,7 +769,7 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
         if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps);
         m.operands.refresh = false;                                           // what forward did is done again, not anew
         if (m.recompute == Recompute::block) block_forward(ctx, m, l, shape);
-        m.operands.refresh = m.training && ctx.micro == 0;
+        m.operands.refresh = m.training;
         if (m.recompute == Recompute::norms) {
             residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
             swiglu(ctx, a.s, a.gu, N, c.ffn);

@@ -33,6 +33,11 @@
 enum Which { fprop_x, fprop_w, dgrad_d, dgrad_w, wgrad_d, wgrad_x, operand_count };      // operands of GEMM Which / 2
 constexpr const char* operand_names[] = {"fprop_x", "fprop_w", "dgrad_d", "dgrad_w", "wgrad_d", "wgrad_x"};
 
+enum Matrix { matrix_x, matrix_w, matrix_d };
+constexpr Matrix matrix_of[operand_count] = {matrix_x, matrix_w, matrix_d, matrix_w, matrix_d, matrix_x};
+// The operand made of the same matrix before this one in a pass, or none.
+constexpr Which made_before[operand_count] = {operand_count, operand_count, operand_count, fprop_w, dgrad_d, fprop_x};
+
 struct Recipe {
     std::string name, about;
     Operand cell[operand_count];
@@ -54,6 +59,12 @@ constexpr Operand split(Operand c) {
     return c;
 }
 constexpr Operand ms = split(nvf), ms_sr = split(nvf_sr);
+// Metis/bitlinear.py and quant.py: X and W in blocks along m, D along the tokens, in every GEMM; X and D are rounded once, W afresh.
+constexpr Operand code(bool split, Along along, Draws draws) {
+    return {Format::e2m1, vec, sr, Scale::te, 0, Signs::fixed, split, Factors::stochastic, Residual::exact, along, draws};
+}
+constexpr Operand mc = code(false, Along::contracted, Draws::own), mc_w = code(false, Along::other, Draws::own), mc_x = code(false, Along::other, Draws::before);
+constexpr Operand mc_d = code(true, Along::other, Draws::own), mc_d2 = code(true, Along::contracted, Draws::before);
 
 // Sources, in the order of the rows: FP8 current scaling and MXFP8 as TransformerEngine does them (E5M2 for D; E4M3 for all);
 // nvfp4-sr: arXiv 2509.25149 found stochastic rounding to help D and to harm X and W; nvidia: that paper's recipe, the bf16 blocks
@@ -81,6 +92,8 @@ inline const std::vector<Recipe>& recipes() {
                           {mx4,  mx4,     mx4,   mx4,    mx4,     mx4}},
         {"four-over-six", "nvidia, each block's largest element on 6 or on 4, whichever errs less",
                           {fs,   fs_sq,   fs_sr, fs_sq,  fs_sr_h, fs_h}, 1. / 6},
+        {"metis-code",    "what Metis' published code does: D alone split, 64 directions at every call, float scales, one quantisation for two GEMMs",
+                          {mc,   mc,      mc_d,  mc_w,   mc_d2,   mc_x}, 0, {0, 100, 0, 0, 0, 0, 1, 64}},
         {"metis",         "X, W and D split into 1.5% of their directions and a residual, each NVFP4; residuals of D stochastic",
                           {ms,   ms,      ms_sr, ms,     ms_sr,   ms}},
     };
@@ -101,7 +114,7 @@ struct CellKey {
 };
 inline const std::vector<CellKey>& cell_keys() {
     static const std::vector<CellKey> keys = {
-        {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4"}},
+        {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}},
         {"block", {"vector", "square"}},
         {"rounding", {"nearest", "stochastic"}},
         {"scale", {"te", "headroom", "four_six", "floor", "ceil"}},
@@ -110,6 +123,8 @@ inline const std::vector<CellKey>& cell_keys() {
         {"split", {"no", "yes"}},
         {"factors", {"nearest", "stochastic", "exact"}},
         {"residual", {"quantised", "exact"}},
+        {"along", {"contracted", "other"}},
+        {"draws", {"own", "before"}},
     };
     return keys;
 }
@@ -125,14 +140,17 @@ inline std::string cell_text(Operand c) {
     if (c.hadamard) text += " h" + std::to_string(c.hadamard) + (c.signs == Signs::random ? "r" : c.signs == Signs::plus ? "+" : "");
     if (c.split && c.factors != Factors::nearest) text += c.factors == Factors::exact ? " AB exact" : " AB sr";
     if (c.split && c.residual == Residual::exact) text += " R exact";
+    if (c.along == Along::other) text += " across";
+    if (c.draws == Draws::before) text += " again";
     return text;
 }
 
 // split.KEY=VALUE: how bases are found.
 inline void set_split(SplitPlan& p, const std::string& change, const std::string& key, const std::string& value) {
     struct { const char* name; double* real; int* whole; double low, high; } numbers[] = {
-        {"rank", &p.rank, nullptr, 0.01, 100}, {"sample", &p.sample, nullptr, 0.001, 100}, {"refresh", nullptr, &p.refresh, 1, 1e6},
-        {"oversample", nullptr, &p.oversample, 0, 64}, {"cold", nullptr, &p.cold, 0, 20}, {"warm", nullptr, &p.warm, 0, 20}};
+        {"rank", &p.rank, nullptr, 0.01, 100}, {"sample", &p.sample, nullptr, 0.001, 100}, {"refresh", nullptr, &p.refresh, 0, 1e6},
+        {"oversample", nullptr, &p.oversample, 0, 64}, {"cold", nullptr, &p.cold, 0, 20}, {"warm", nullptr, &p.warm, 0, 20},
+        {"restart", nullptr, &p.restart, 0, 1}, {"k", nullptr, &p.k, 0, 4096}};
     std::string all;
     for (auto& n : numbers) {
         all += (all.empty() ? "" : ", ") + std::string(n.name);
@@ -189,6 +207,8 @@ inline void set_cells(Recipe& r, const std::string& changes) {
             if (k == 6) c.split = v;
             if (k == 7) c.factors = (Factors)v;
             if (k == 8) c.residual = (Residual)v;
+            if (k == 9) c.along = (Along)v;
+            if (k == 10) c.draws = (Draws)v;
         }
         if (!matched) fail("--set %s: %s names no operand; they are %s ... %s, or x, w, d, fprop, dgrad, wgrad, all", change.c_str(), which.c_str(),
                            operand_names[0], operand_names[operand_count - 1]);
@@ -204,13 +224,15 @@ inline void check_recipe(const Recipe& r) {
         if (!has_blocks(c.format) && c.block == Block::square) refuse("only nvfp4, mxfp4 and mxfp8 have blocks");
         if (c.format == Format::nvfp4 && c.scale >= Scale::floor) refuse("nvfp4's scale is te, headroom or four_six");
         if (is_mx(c.format) && c.scale < Scale::floor) refuse("an MX format's scale is floor or ceil");
-        if (c.format != Format::nvfp4 && !is_mx(c.format) && c.scale != Scale::te) refuse("only block formats have scale rules");
+        if (c.format != Format::nvfp4 && !is_mx(c.format) && c.scale != Scale::te) refuse("only nvfp4 and MX formats have scale rules");
         if (c.hadamard && c.block == Block::square) refuse("a square block cannot have a hadamard: it would serve one axis only");
         if (c.split && c.hadamard) refuse("a split operand cannot have a hadamard: its thin products are not rotated");
         if (c.hadamard && has_blocks(c.format) && c.hadamard % block_length(c.format)) refuse("the hadamard must cover whole blocks");
         const Operand& other = r.cell[i ^ 1];
         if (c.hadamard != other.hadamard || (c.hadamard && c.signs != other.signs)) refuse("both operands of a GEMM need the same hadamard and signs, or they do not cancel");
-        if ((c.format == Format::f32) != (other.format == Format::f32)) refuse("f32 meets only f32 in a GEMM");
+        if (is_float_stored(c.format) != is_float_stored(other.format)) refuse("f32 and e2m1 meet only f32 and e2m1 in a GEMM");
+        if (c.along == Along::other && c.hadamard) refuse("a hadamard lies along the contracted axis");
+        if (c.draws == Draws::before && made_before[i] == operand_count) refuse("it is the first operand of its matrix: there are no draws before");
     }
 }
 
@@ -228,11 +250,6 @@ inline bool is_split(const Recipe& r) {
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // The linear layer
-
-enum Matrix { matrix_x, matrix_w, matrix_d };
-constexpr Matrix matrix_of[operand_count] = {matrix_x, matrix_w, matrix_d, matrix_w, matrix_d, matrix_x};
-// The operand made of the same matrix before this one in a pass, or none.
-constexpr Which made_before[operand_count] = {operand_count, operand_count, operand_count, fprop_w, dgrad_d, fprop_x};
 
 // What a linear layer keeps of its matrices' splits: bases, rows of length `cols`, part of the checkpoint; and M B from fprop to wgrad.
 struct Splits {
@@ -269,7 +286,7 @@ struct OperandScratch {
     float *scales = nullptr, *partial = nullptr;           // S_enc and S_dec of a and of b; the quantiser's partial results
     float* tally = nullptr;                                // operand_count x 5: Tally of each operand; null: not now
     bool nearest = false;                                  // evaluation: no stochastic rounding
-    bool refresh = false;                                  // bases may be refreshed: training, a step's first micro-batch, no recomputation
+    bool refresh = false;                                  // bases may be refreshed: training, no recomputation
     SideScratch side[2] = {};
     acc_t* inner = nullptr;                                // C_p^T C_q (k x k)
     SubspaceScratch subspace = {};
@@ -277,7 +294,7 @@ struct OperandScratch {
 
 // The element type an operand of this format is stored in: bf16-valued operands are floats where the CPU cannot multiply bf16.
 inline Type operand_type(Format f) {
-    if (f != Format::f32 && MatmulPlans::bf16_units()) return Type::bf16;
+    if (!is_float_stored(f) && MatmulPlans::bf16_units()) return Type::bf16;
     return type_of<acc_t>();
 }
 
@@ -351,10 +368,11 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
 
     bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;
     if (first) {
-        bool due = ctx.step == 0 || (ctx.step + lin.id) % recipe.split.refresh == 0;
-        int64_t samples = matrix_of[which] == matrix_w ? rows : sampled_rows(recipe.split, k, rows);
-        RandomKey key = {ctx.seed, ctx.step, 0, lin.id, (uint32_t)which, Purpose::rows};
-        if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, recipe.split, ctx.step > 0, key, s.subspace);
+        const SplitPlan& plan = recipe.split;
+        bool due = plan.refresh == 0 || (ctx.micro == 0 && (ctx.step == 0 || (ctx.step + lin.id) % plan.refresh == 0));
+        int64_t samples = matrix_of[which] == matrix_w ? rows : sampled_rows(plan, k, rows);
+        RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rows};
+        if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, plan, ctx.step > 0 && !plan.restart, key, s.subspace);
         Mat b = mat((const acc_t*)basis, cols);
         if (source.type == Type::bf16) convert(ctx, qb, b, k, cols, true), b = qb;
         matmul(ctx, "split M B", t, k, source, b.transposed(), rows, k, cols, 0);
@@ -385,6 +403,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         a.cell = b.cell = thin, a.tally = b.tally = nullptr;
         a.cols = k, a.key.operand += 8, a.scale = side.scales;
         b.rows = k, b.key.operand += 16, b.scale = side.scales + 2;
+        if (cell.format == Format::e2m1) a.axis = Axis::column, b.axis = Axis::row;     // the published code: each along its long side
         quantise_operand(ctx, a, false, qa, mat((const acc_t*)unit, k));
         quantise_operand(ctx, b, false, qb, mat((const acc_t*)basis, cols));
         if (has_tensor_scale(cell.format)) qa.scale = a.scale + 1, qb.scale = b.scale + 1;
@@ -421,11 +440,13 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
         if (!is_quantised(cell.format)) convert(ctx, p.r, source, rows, cols, cell.format == Format::bf16);
         else {
             if (s.nearest) cell.rounding = Rounding::nearest, cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;
-            RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rounding}, sign_key = key;
+            bool again = cell.draws == Draws::before;
+            RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)(again ? made_before[which] : which), Purpose::rounding}, sign_key = key;
+            Axis blocks = cell.along == Along::contracted ? axis : axis == Axis::row ? Axis::column : Axis::row;
             sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
             float* scale = lin.scales ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * second;
             bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
-            QuantCall call = {cell, axis, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
+            QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
             if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
             quantise_operand(ctx, call, scaled, p.r, source);
             if (has_tensor_scale(cell.format)) p.r.scale = call.scale + 1;

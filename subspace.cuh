@@ -20,10 +20,11 @@ struct orthonormalise_solve; struct ritz_gram; struct ritz_jacobi; struct ritz_r
 // How bases are found. rank and sample are in percent: of the model's width, of the rows.
 struct SplitPlan {
     double rank = 1.5, sample = 1;
-    int refresh = 8, oversample = 8, cold = 2, warm = 1;      // steps between refreshes; extra directions; power iterations
+    int refresh = 8, oversample = 8, cold = 2, warm = 1;      // steps between refreshes (0: at every call); extra directions; power iterations
+    int restart = 0, k = 0;                                   // 1: refreshes start cold; the rank itself in place of a percentage
 };
 // k: the rank in use, a multiple of 16 (the block that A is quantised in).
-inline int split_rank(const SplitPlan& p, int width) { return std::max(16, ((int)std::ceil(p.rank * width / 100) + 15) / 16 * 16); }
+inline int split_rank(const SplitPlan& p, int width) { return p.k ? (p.k + 15) / 16 * 16 : std::max(16, ((int)std::ceil(p.rank * width / 100) + 15) / 16 * 16); }
 inline int64_t sampled_rows(const SplitPlan& p, int k, int64_t rows) {
     return std::min(rows, std::max<int64_t>((int64_t)std::ceil(p.sample * rows / 100), 4 * (k + p.oversample)));
 }

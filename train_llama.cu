@@ -327,7 +327,7 @@ static Precision resolve_precision(Options& o) {
     for (const std::string& name : {o.recipe, o.eval_recipe})
         for (int i = 0; i < operand_count && !name.empty(); i++) {
             const Recipe& r = name == o.recipe ? p.recipe : *find_recipe(name);
-            if (on_gpu && type_of<act_t>() == Type::bf16 && r.cell[i].format == Format::f32)
+            if (on_gpu && type_of<act_t>() == Type::bf16 && is_float_stored(r.cell[i].format))
                 fail("recipe %s needs float activations, which this GPU build does not have: build with `make ACT=float`, or use --recipe bf16", name.c_str());
         }
     p.high = is_quantised(p.recipe) ? *find_recipe("bf16") : p.recipe;
@@ -845,7 +845,7 @@ static void report_precision(const Run& run) {
         const Operand &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
         bool quantised = is_quantised(a.format) || is_quantised(b.format);
         printf("         | %s: %s %s, %s %s; %s\n", gemms[g], g ? "D" : "X", cell_text(a).c_str(), g == 2 ? "X" : "W", cell_text(b).c_str(),
-               !quantised ? "as they are" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (this CPU has no bf16 units)");
+               !quantised ? "as they are" : is_float_stored(a.format) ? "multiplied as float: float scales fit no bf16" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (this CPU has no bf16 units)");
     }
     int64_t high = 0;
     double four = 0, tokens = (double)run.tokens_per_step();
