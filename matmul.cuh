@@ -41,7 +41,7 @@ struct Mat {
 };
 // A second, thin product that is added to the first one's result: A (m x k) B (k x n).
 struct Thin {
-    Mat a, b;
+    Mat a = {}, b = {};
     int64_t k = 0;
 };
 template <class T> Mat mat(const T* data, int64_t ld) { return {data, type_of<T>(), ld, false}; }
