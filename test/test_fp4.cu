@@ -5,7 +5,7 @@
 // Almost everything here is exact: a code is right or wrong. There are four witnesses: tables (slow_quantiser.h), CUDA's own headers
 // where they are installed, the conformance vectors of test/vectors (written by a Python program), and properties that hold whatever
 // the rules are. Tolerances appear where chance or float sums do, derived where they stand; the seeds are fixed, so nothing is flaky.
-// The linear layer that uses all this: test_recipes.cu. How tests run: device_test.h.
+// The linear layer that uses all this: test_linear.cu. How tests run: device_test.h.
 #include "quantise_test.h"
 #include <fstream>          // std::ifstream
 #include <nlohmann/json.hpp>
