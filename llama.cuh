@@ -607,7 +607,9 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     if (m.k) {
         int64_t k = m.k, wide = std::max({A, Q, C, 2 * F}), tall = std::max(N, wide);
         int q = (int)k + p.recipe.split.oversample;
-        size_t size = size_of(operand_type(Format::nvfp4));
+        size_t size = 0;
+        for (const Operand& c : p.recipe.cell) size = std::max(size, size_of(operand_type(c.format)));
+        for (const Operand& c : p.eval.cell) size = std::max(size, size_of(operand_type(c.format)));
         for (SideScratch& s : m.operands.side) {
             s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);
             s.a = scratch.take<char>(tall * k * size), s.b = scratch.take<char>(wide * k * size);
