@@ -33,39 +33,44 @@ inline int64_t sampled_rows(const SplitPlan& p, int k, int64_t rows) {
 struct SubspaceScratch {
     acc_t *sample, *z, *y, *g;          // (s, c), (q, c), (q, s), (q, s)
     double *gram, *vectors;             // (q, q), (q, q) and a rotation for every pair
-    int* state;                         // (q + 1): rows to replace; the order of eigenvalues, and whether all is finite
+    int* state;                         // (q + 1): rows to replace, and whether there are any; the order of eigenvalues, and whether all is finite
 };
 
 // Rows of z (q x n) made orthonormal, spanning the same. `salt` names the pseudo-random rows that replace dependent ones.
 inline void orthonormalise(Ctx& ctx, acc_t* z, int q, int64_t n, const SubspaceScratch& s, uint32_t salt) {
     double* gram = s.gram;
     int* state = s.state;
-    for (int pass = 0; pass < 2; pass++) {
+    for (int pass = 0; pass < 3; pass++) {          // twice; rows that the second pass put in need a third
         for_rows<orthonormalise_norms, 128>(ctx, {2. * q * n * sizeof(acc_t), 0}, q, KERNEL(Group<128> g, int64_t r) {
+            if (pass == 2 && !state[q]) return;
             acc_t* row = z + r * n;
             double norm2 = g.sum_double((int)n, [=](int i) { return (double)row[i] * row[i]; });
-            bool fill = norm2 == 0 || (pass == 1 && state[r]);
-            acc_t scale = (acc_t)(1 / sqrt(fill ? (double)n : norm2));
+            bool fill = norm2 == 0 || (pass && state[r]);
+            acc_t scale = (acc_t)(fill ? sqrt(3. / n) : 1 / sqrt(norm2));
+            uint32_t named = (uint32_t)r * 0x85EBCA77u + salt + (uint32_t)pass * 0xC2B2AE3Du;
             g.each((int)n, [=](int i) {
-                uint32_t h = ((uint32_t)i * 0x9E3779B1u) ^ ((uint32_t)r * 0x85EBCA77u + salt);
+                uint32_t h = ((uint32_t)i * 0x9E3779B1u) ^ named;
                 h = (h ^ h >> 15) * 0x2C1B3C6Du, h = (h ^ h >> 12) * 0x297A2D39u;
-                row[i] = scale * (fill ? (h >> 31 ? acc_t(1) : acc_t(-1)) : row[i]);
+                row[i] = scale * (fill ? acc_t((int32_t)h) * acc_t(4.6566129e-10) : row[i]);        // in [-1, 1]: signs alone are dependent too often
             });
         });
         for_rows<orthonormalise_gram, 128>(ctx, {(double)q * q * n * sizeof(acc_t), (double)q * q * n}, q * q, KERNEL(Group<128> g, int64_t p) {
             const acc_t *a = z + p / q * n, *b = z + p % q * n;
-            if (p % q > p / q) return;                                              // the lower triangle
+            if (p % q > p / q || (pass == 2 && !state[q])) return;                  // the lower triangle
             double d = g.sum_double((int)n, [=](int i) { return (double)a[i] * b[i]; });
             if (g.lane() == 0) gram[p] = d;
         });
         // L L^T = Gram, rows of unit length: a pivot this small means a row that depends on those before it. It is made zero (an
         // infinite pivot), and the next pass puts another in its place.
         for_rows<orthonormalise_cholesky, 128>(ctx, {}, 1, KERNEL(Group<128> g, int64_t) {
+            if (pass == 2 && !state[q]) return;
+            bool any = pass == 1 && state[q];
             for (int j = 0; j < q; j++) {
                 double d = gram[j * q + j];
                 for (int i = 0; i < j; i++) d -= gram[j * q + i] * gram[j * q + i];
                 bool dependent = !(d > 1e-11);
                 double pivot = dependent ? 1e30 : sqrt(d);
+                any = any || dependent;
                 g.sync();
                 if (g.lane() == 0) gram[j * q + j] = pivot, state[j] = dependent;
                 g.each(q - j - 1, [=](int i) {
@@ -76,8 +81,10 @@ inline void orthonormalise(Ctx& ctx, acc_t* z, int q, int64_t n, const SubspaceS
                 });
                 g.sync();
             }
+            if (g.lane() == 0 && pass < 2) state[q] = any;
         });
         for_rows<orthonormalise_solve>(ctx, {2. * q * n * sizeof(acc_t), (double)q * q * n}, (n + 63) / 64, KERNEL(Group<32> g, int64_t r) {
+            if (pass == 2 && !state[q]) return;
             int width = n - r * 64 < 64 ? (int)(n - r * 64) : 64;
             acc_t* column = z + r * 64;
             for (int j = 0; j < q; j++) {
