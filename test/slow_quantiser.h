@@ -29,7 +29,9 @@ inline Grid grid(int mantissa, int bias, int codes, int sign) {
 inline const Grid& e2m1() { static const Grid g = grid(1, 1, 8, 8); return g; }
 inline const Grid& e4m3() { static const Grid g = grid(3, 7, 127, 128); return g; }           // code 127 is NaN
 inline const Grid& e5m2() { static const Grid g = grid(2, 15, 124, 128); return g; }          // from 124 infinity and NaN
-inline const Grid& elements(Format f) { return f == Format::nvfp4 || f == Format::mxfp4 ? e2m1() : f == Format::fp8_e5m2 ? e5m2() : e4m3(); }
+inline const Grid& elements(Format f) {
+    return f == Format::nvfp4 || f == Format::mxfp4 || f == Format::e2m1 ? e2m1() : f == Format::fp8_e5m2 ? e5m2() : e4m3();
+}
 
 inline bool is_nan(float x) { return (bits_of(x) & 0x7fffffff) > 0x7f800000; }
 inline int signed_code(int code, float x, const Grid& g) { return bits_of(x) >> 31 ? code | g.sign : code; }
@@ -106,11 +108,8 @@ struct Matrix {
     Axis axis;
     std::vector<float> x;                 // after the Hadamard
     std::vector<int> code, byte;
-    std::vector<double> value;            // without the tensor's scale
+    std::vector<double> scale, value;     // its block's scale as a number; code times that, without the tensor's scale
     float S_enc = 1, S_dec = 1;
-    double scale(int64_t i) const {       // its block's, as a number
-        return byte[i] < 0 ? 1 : cell.format == Format::nvfp4 ? e4m3()[byte[i]] : std::ldexp(1., byte[i] - 127);
-    }
     float decoded(int64_t i) const { return (float)value[i] * S_dec; }
 };
 
@@ -124,11 +123,12 @@ inline float tree_sum(std::vector<float> e) {
     return e[0];
 }
 
-struct Candidate { int byte; std::vector<int> code; float error; };
+struct Candidate { int byte = -1; std::vector<int> code = {}; float error = 0; };
 
 // One block, `at` the indices of its elements, row after row of `width`. `draws`: their random bits, or null.
 inline Candidate nvfp4_block(const Matrix& m, const std::vector<int64_t>& at, int64_t width, float base, const uint32_t* draws) {
-    Candidate c = {nearest(base, e4m3()), {}, 0};
+    Candidate c;
+    c.byte = nearest(base, e4m3());
     float s = (float)e4m3()[c.byte], enc = s == 0 ? 0 : clamped(1.f / (s * m.S_dec));
     std::vector<std::vector<float>> columns(width);
     for (size_t i = 0; i < at.size(); i++) {
@@ -156,9 +156,9 @@ inline int e8m0(float amax, double max, bool ceil) {
 }
 
 inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand cell, Axis axis, RandomKey key, uint32_t gemm) {
-    Matrix m = {rows, cols, cell, axis, std::move(x), {}, {}, {}};
+    Matrix m = {rows, cols, cell, axis, std::move(x), {}, {}, {}, {}};
     int64_t n = rows * cols;
-    m.code.assign(n, -1), m.byte.assign(n, -1), m.value.assign(n, NAN);
+    m.code.assign(n, -1), m.byte.assign(n, -1), m.scale.assign(n, 1), m.value.assign(n, NAN);
     if (!is_quantised(cell.format)) {
         for (int64_t i = 0; i < n; i++) m.value[i] = cell.format == Format::bf16 ? as_bf16(m.x[i]) : m.x[i];
         return m;
@@ -179,10 +179,10 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
     };
     std::vector<int64_t> all(n);
     for (int64_t i = 0; i < n; i++) all[i] = i;
-    bool mx = cell.format == Format::mxfp4 || cell.format == Format::mxfp8, nv = cell.format == Format::nvfp4;
+    bool mx = cell.format == Format::mxfp4 || cell.format == Format::mxfp8, nv = cell.format == Format::nvfp4, real = cell.format == Format::e2m1;
     bool room = nv && (cell.scale == Scale::headroom || (cell.scale == Scale::four_six && random));
     float cap = nv ? (cell.scale == Scale::four_six ? 256.f : 448.f) : 1.f, top = nv ? (room ? (float)(96. / 17) : 6.f) : (float)g.max();
-    if (!mx) {
+    if (!mx && !real) {
         float amax = amax_of(all);
         bool finite = amax <= 3.40282347e38f;
         m.S_enc = amax == 0 ? 1.f : clamped((cap * top) / amax), m.S_dec = finite ? 1.f / m.S_enc : NAN;
@@ -194,7 +194,7 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
             for (int64_t i : at) d.push_back(random16(key, i / cols, i % cols, cols));
         return d;
     };
-    if (!mx && !nv) {                                                         // FP8 by tensor
+    if (!mx && !nv && !real) {                                                         // FP8 by tensor
         std::vector<uint32_t> d = draws_of(all);
         for (int64_t i = 0; i < n; i++) {
             float v = m.x[i] * m.S_enc;
@@ -211,9 +211,15 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
             for (int64_t r = r0; r < std::min(r0 + height, rows); r++)
                 for (int64_t c = c0; c < c0 + w; c++) at.push_back(r * cols + c);
             std::vector<uint32_t> d = draws_of(at);
-            float amax = amax_of(at);
+            float amax = amax_of(at), s = real ? amax / 6.f + 1e-9f : 1.f;     // e2m1: the scale as it comes out, in float
             Candidate best;
-            if (nv) {
+            if (real) {
+                if (!(amax <= 3.40282347e38f)) continue;
+                for (size_t i = 0; i < at.size(); i++) {
+                    float v = m.x[at[i]] * (1.f / s);
+                    best.code.push_back(random ? stochastic(v, d[i], g) : nearest(v, g));
+                }
+            } else if (nv) {
                 float base = amax * (m.S_enc * (1.f / top));
                 best = nvfp4_block(m, at, w, clamped(base), random ? d.data() : nullptr);
                 if (cell.scale == Scale::four_six) {
@@ -221,7 +227,7 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
                     if (four.error < best.error) best = four;
                 }
             } else {
-                best = {e8m0(amax, g.max(), cell.scale == Scale::ceil), {}, 0};
+                best.byte = e8m0(amax, g.max(), cell.scale == Scale::ceil);
                 for (size_t i = 0; i < at.size() && best.byte != 255; i++) {
                     float v = std::ldexp(m.x[at[i]], 127 - best.byte);
                     best.code.push_back(random ? stochastic(v, d[i], g) : nearest(v, g));
@@ -230,8 +236,9 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
             for (size_t i = 0; i < at.size(); i++) {
                 m.byte[at[i]] = best.byte;
                 if (mx && best.byte == 255) continue;
-                m.code[at[i]] = best.code[i];
-                m.value[at[i]] = nv ? g[best.code[i]] * e4m3()[best.byte] : std::ldexp(g[best.code[i]], best.byte - 127);
+                m.code[at[i]] = best.code[i], m.scale[at[i]] = real ? s : nv ? e4m3()[best.byte] : std::ldexp(1., best.byte - 127);
+                m.value[at[i]] = g[best.code[i]] * m.scale[at[i]];
+                if (real) m.value[at[i]] = (float)m.value[at[i]];
             }
         }
     return m;

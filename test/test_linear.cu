@@ -49,6 +49,10 @@ static std::vector<Recipe> odd_recipes() {
         changed("nvfp4", "wgrad.format=f32,dgrad.hadamard=16,dgrad.signs=random,w.scale=four_six,dgrad_w.rounding=stochastic"),
         changed("mxfp4", "wgrad.format=f32,dgrad.rounding=stochastic"),
         changed("float", "dgrad.format=nvfp4"),
+        changed("nvfp4", "all.format=e2m1"),
+        changed("nvfp4", "all.format=e2m1,x.rounding=stochastic,fprop.hadamard=16,wgrad_x.block=square,dgrad.format=f32"),
+        changed("nvfp4", "all.format=e2m1,all.rounding=stochastic,dgrad.along=other,wgrad_x.along=other,wgrad.draws=before,dgrad_w.draws=before"),
+        changed("nvfp4-sr", "dgrad_d.along=other,wgrad_d.draws=before,all.rounding=stochastic"),
     };
 }
 
@@ -109,8 +113,8 @@ template <class T> struct Layer {
     bool as_is(int which) const { return operand_bytes(recipe.cell[which], type(which), 1) == 0; }
     std::vector<double> source(Matrix m) const { return m == matrix_x ? x.values() : m == matrix_w ? w.values() : d.values(); }
 
-    // Operand `which` as the slow quantiser makes it: its draws bear the seed, the step, the micro-batch, the layer and the operand,
-    // its signs those of the GEMM.
+    // Operand `which` as the slow quantiser makes it: its draws bear the seed, the step, the micro-batch, the layer and the operand, or
+    // the one before it of the same matrix; its signs are its GEMM's.
     slow::Matrix wanted(int which) const {
         Operand cell = recipe.cell[which];
         if (scratch.nearest) cell.rounding = rn;
@@ -118,7 +122,9 @@ template <class T> struct Layer {
         for (double e : source(matrix_of[which])) v.push_back((float)e);
         RandomKey key = {0x123456789abcull, 11, 3, 7, (uint32_t)which, Purpose::rounding};
         int64_t n = size[matrix_of[which]], c = cols[matrix_of[which]];
-        return slow::quantise(v, n / c, c, cell, axis_of[which], key, (uint32_t)which / 2);
+        if (cell.draws == Draws::before) key.operand = std::array<uint32_t, 6>{99, 99, 99, fprop_w, dgrad_d, fprop_x}[which];
+        Axis blocks = cell.along == Along::contracted ? axis_of[which] : axis_of[which] == Axis::row ? Axis::column : Axis::row;
+        return slow::quantise(v, n / c, c, cell, blocks, key, (uint32_t)which / 2);
     }
     // What lies in the scratch of one side is this operand, to the bit.
     void same_operand(Buffer<uint8_t>& side, const slow::Matrix& m, int which) {
@@ -298,15 +304,23 @@ static void test_bad_cells() {
         {"fp8", "fprop_w.block=square", "fprop_w of recipe fp8", "only nvfp4, mxfp4 and mxfp8 have blocks"},
         {"nvfp4", "dgrad_w.scale=ceil", "dgrad_w of recipe nvfp4", "nvfp4's scale is te, headroom or four_six"},
         {"mxfp4", "wgrad_d.scale=headroom", "wgrad_d of recipe mxfp4", "an MX format's scale is floor or ceil"},
-        {"fp8", "wgrad_x.scale=four_six", "wgrad_x of recipe fp8", "only block formats have scale rules"},
-        {"fp8", "wgrad_x.scale=ceil", "wgrad_x of recipe fp8", "only block formats have scale rules"},
+        {"fp8", "wgrad_x.scale=four_six", "wgrad_x of recipe fp8", "only nvfp4 and MX formats have scale rules"},
+        {"fp8", "wgrad_x.scale=ceil", "wgrad_x of recipe fp8", "only nvfp4 and MX formats have scale rules"},
         {"nvidia", "dgrad.hadamard=16", "dgrad_w of recipe nvidia", "a square block cannot have a hadamard"},
         {"mxfp4", "fprop.hadamard=16", "fprop_x of recipe mxfp4", "the hadamard must cover whole blocks"},
         {"nvfp4", "fprop_x.hadamard=16", "fprop_x of recipe nvfp4", "both operands of a GEMM need the same hadamard and signs"},
         {"nvidia", "wgrad_x.hadamard=32", "wgrad_d of recipe nvidia", "both operands of a GEMM need the same hadamard and signs"},
         {"nvidia", "wgrad_x.signs=random", "wgrad_d of recipe nvidia", "both operands of a GEMM need the same hadamard and signs"},
-        {"nvfp4", "fprop_w.format=f32", "fprop_x of recipe nvfp4", "f32 meets only f32"},
-        {"float", "dgrad_w.format=bf16", "dgrad_d of recipe float", "f32 meets only f32"},
+        {"nvfp4", "fprop_w.format=f32", "fprop_x of recipe nvfp4", "f32 and e2m1 meet only f32 and e2m1"},
+        {"nvfp4", "wgrad_x.format=e2m1", "wgrad_d of recipe nvfp4", "f32 and e2m1 meet only f32 and e2m1"},
+        {"nvfp4", "wgrad.hadamard=16,wgrad_x.along=other", "wgrad_x of recipe nvfp4", "a hadamard lies along the contracted axis"},
+        {"nvfp4", "dgrad_d.draws=before", "dgrad_d of recipe nvfp4", "it is the first operand of its matrix"},
+        {"nvfp4", "wgrad_d.split=yes,wgrad.hadamard=16", "wgrad_d of recipe nvfp4", "a split operand cannot have a hadamard"},
+        {"metis", "split.rank=0", "--set split.rank=0", "want a number between 0.01 and 100"},
+        {"metis", "split.refresh=1.5", "--set split.refresh=1.5", "want a whole number between"},
+        {"metis", "split.warm=", "--set split.warm=", "want a whole number between"},
+        {"metis", "split.depth=3", "there is no split.depth", "there are rank, sample, refresh"},
+        {"float", "dgrad_w.format=bf16", "dgrad_d of recipe float", "f32 and e2m1 meet only f32 and e2m1"},
     };
     int failed = 0;
     std::string first;
@@ -334,6 +348,9 @@ static void test_set_cells() {
         {"nvfp4", "fprop.hadamard=128,fprop.signs=plus", {"nvfp4 h128+", "nvfp4 h128+", "nvfp4", "nvfp4", "nvfp4", "nvfp4"}},
         {"nvidia", "x.format=bf16,wgrad.hadamard=0", {"bf16", "nvfp4 16x16", "nvfp4 sr", "nvfp4 16x16", "nvfp4 sr", "bf16"}},
         {"four-over-six", "w.format=mxfp4", {"nvfp4 4/6", "mxfp4 32x32", "nvfp4 sr 4/6", "mxfp4 32x32", "nvfp4 sr 4/6 h16", "nvfp4 4/6 h16"}},
+        {"metis", "d.split=no,fprop_x.factors=exact,fprop_w.residual=exact",
+         {"split nvfp4 AB exact", "split nvfp4 R exact", "nvfp4 sr", "split nvfp4", "nvfp4 sr", "split nvfp4"}},
+        {"nvfp4", "all.format=e2m1,wgrad.along=other,wgrad_x.draws=before", {"e2m1", "e2m1", "e2m1", "e2m1", "e2m1 across", "e2m1 across again"}},
         {"mxfp4", "dgrad.scale=floor,wgrad_x.format=fp8,fprop.format=f32", {"f32", "f32", "mxfp4 floor", "mxfp4 floor", "mxfp4", "fp8"}},
     };
     int failed = 0;

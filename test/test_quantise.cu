@@ -19,7 +19,8 @@ static std::vector<Operand> plain_cells() {
             for (Scale scale : {Scale::floor, Scale::ceil})
                 for (Format f : {Format::mxfp4, Format::mxfp8}) all.push_back({f, block, rounding, scale});
         }
-        for (Format f : {Format::fp8, Format::fp8_e5m2}) all.push_back({f, vec, rounding});
+        for (Format f : {Format::fp8, Format::fp8_e5m2, Format::e2m1}) all.push_back({f, vec, rounding});
+        all.push_back({Format::e2m1, square, rounding});
     }
     return all;
 }
@@ -55,7 +56,8 @@ static void test_matrices(Run& r) {
             for (Axis axis : {Axis::row, Axis::column}) {
                 Case c = {cell, axis, rows, cols, any_key(rng)};
                 r.at("%s", text(c).c_str());
-                switch (rng.below(4)) {                                       // the vectors have gone through every pair of types
+                int types = rng.below(4);                                     // the vectors have gone through every pair of types
+                switch (cell.format == Format::e2m1 ? types & 2 : types) {
                     case 0: test_matrix<float, float>(r, c, x); break;
                     case 1: test_matrix<bf16, float>(r, c, x); break;
                     case 2: test_matrix<float, bf16>(r, c, x); break;
@@ -63,7 +65,7 @@ static void test_matrices(Run& r) {
                 }
             }
     }
-    const Operand formats[] = {nvf, fs_sr, mx4, {Format::mxfp8, vec, sr, Scale::floor}, fp8};
+    const Operand formats[] = {nvf, fs_sr, mx4, {Format::mxfp8, vec, sr, Scale::floor}, fp8, {Format::e2m1}};
     for (Operand cell : formats)
         for (int n : {16, 32, 64, 128})
             for (Signs signs : {Signs::fixed, Signs::random, Signs::plus})
@@ -73,7 +75,7 @@ static void test_matrices(Run& r) {
                     int64_t across = rng.below(2) ? 70 : 33, along = n * (1 + rng.below(n == 16 ? 20 : 3));
                     Case c = {cell, axis, axis == Axis::row ? across : along, axis == Axis::row ? along : across, any_key(rng), (uint32_t)rng.below(3)};
                     r.at("%s", text(c).c_str());
-                    if (rng.below(2)) test_matrix<float, float>(r, c, ragged(rng, c.rows, c.cols));
+                    if (rng.below(2) || cell.format == Format::e2m1) test_matrix<float, float>(r, c, ragged(rng, c.rows, c.cols));
                     else test_matrix<bf16, float>(r, c, ragged(rng, c.rows, c.cols));
                 }
 }
@@ -118,7 +120,7 @@ static void test_edges(Run& r) {
     }
 }
 
-// A NaN or an infinity: the tensor's scale is NaN, or the MX block's, and no other block's bits change.
+// A NaN or an infinity: the tensor's scale is NaN, or the block's where there is none, and no other block's bits change.
 static void test_not_finite(Run& r) {
     Rng rng{5};
     const int64_t rows = 40, cols = 72;
@@ -131,13 +133,13 @@ static void test_not_finite(Run& r) {
                 std::vector<float> y = x;
                 int64_t at = rng.below((int)(rows * cols));
                 y[at] = bad;
-                Made before = make<bf16, float>(r, c, x), after = make<bf16, float>(r, c, y);
+                Made before = make<float, float>(r, c, x), after = make<float, float>(r, c, y);
                 if (has_tensor_scale(cell.format)) {
                     r.verdict.note(slow::is_nan(after.S_dec) && is_finite(before.S_dec), "S_dec %g, before %g", after.S_dec, before.S_dec);
                     continue;
                 }
                 bool tall = cell.block == square || axis == Axis::column, broad = cell.block == square || axis == Axis::row;
-                int64_t R = tall ? 32 : 1, C = broad ? 32 : 1;
+                int64_t R = tall ? block_length(cell.format) : 1, C = broad ? block_length(cell.format) : 1;
                 for (int64_t i = 0; i < rows * cols; i++) {
                     bool hit = i / cols / R == at / cols / R && i % cols / C == at % cols / C;
                     if (hit) r.verdict.note(slow::is_nan(after.value[i]), "element %ld is %g", (long)i, after.value[i]);
@@ -164,7 +166,8 @@ static void test_axes(Run& r) {
             int64_t differ = 0;
             for (int64_t i = 0; i < rows * cols; i++) differ += !same(along.value[i], down.value[i % cols * rows + i / cols]);
             r.verdict.note(differ == 0 && same(along.S_dec, down.S_dec), "%ld values differ; S_dec %g and %g", (long)differ, along.S_dec, down.S_dec);
-            r.verdict.note(along.codes == down.codes && along.scales == down.scales && !along.codes.empty(), "packed bytes differ");
+            bool packs = cell.format != Format::e2m1;
+            r.verdict.note(along.codes == down.codes && along.scales == down.scales && along.codes.empty() != packs, "packed bytes differ");
         }
         if (!has_blocks(cell.format) || cell.block == square) {
             if (cell.hadamard) continue;
@@ -208,7 +211,7 @@ static Bias measure(Run& r, Operand cell, bool maxima_only, int K) {
     for (int64_t i = 0; i < n; i++)
         if (!largest.count(block(i)) || std::fabs(x[i]) > std::fabs(x[largest[block(i)]])) largest[block(i)] = i;
     for (int64_t i = 0; i < n; i++) {
-        double s = m.scale(i), a = std::fabs((double)x[i]) / (s * m.S_dec);
+        double s = m.scale[i], a = std::fabs((double)x[i]) / (s * m.S_dec);
         if (s == 0 || (maxima_only && largest[block(i)] != i)) continue;
         int low = slow::below(std::min(a, g.max()), g), high = std::min(low + 1, (int)g.v.size() - 1);
         double gap = g.v[high] - g.v[low], p = gap > 0 ? std::min(std::max((a - g.v[low]) / gap, 0.), 1.) : 0, variance = p * (1 - p) * gap * gap;
@@ -223,7 +226,8 @@ static Bias measure(Run& r, Operand cell, bool maxima_only, int K) {
 static void test_unbiased(Run& r) {
     const int K = 600;
     const Operand unbiased[] = {{Format::nvfp4, vec, sr, Scale::headroom}, {Format::nvfp4, square, sr, Scale::headroom},
-                                {Format::mxfp4, vec, sr, Scale::ceil}, {Format::mxfp8, vec, sr, Scale::ceil}, {Format::fp8, vec, sr}, {Format::fp8_e5m2, vec, sr}};
+                                {Format::mxfp4, vec, sr, Scale::ceil}, {Format::mxfp8, vec, sr, Scale::ceil}, {Format::fp8, vec, sr},
+                                {Format::fp8_e5m2, vec, sr}, {Format::e2m1, vec, sr}};
     for (Operand cell : unbiased)
         for (bool maxima : {false, true}) {
             if (maxima && !has_blocks(cell.format)) continue;                 // one element: its code is the largest, exactly
@@ -357,7 +361,7 @@ static void test_tally_of(Run& r, int64_t rows, int64_t cols, int least) {
                 for (int64_t row = i / t.across * t.R; row < std::min(rows, (i / t.across + 1) * t.R); row++)
                     for (int64_t col = i % t.across * t.C; col < std::min(cols, (i % t.across + 1) * t.C); col++) {
                         int64_t at = row * cols + col;
-                        float y = m.decoded(at), s = (float)m.scale(at);
+                        float y = m.decoded(at), s = (float)m.scale[at];
                         float enc = is_mx(cell.format) ? 1 / s : !has_blocks(cell.format) ? m.S_enc : s == 0 ? 0 : slow::clamped(1.f / (s * m.S_dec));
                         want[0] += std::pow((double)y - x[at], 2), want[1] += (double)x[at] * x[at];
                         want[2] += y == 0 && x[at] != 0, want[3] += std::fabs(x[at] * enc) > (float)slow::elements(cell.format).max(), want[4]++;
