@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Do the tests of FP4 notice a mistake? One rule of fp4.cuh, metis.cuh or device.cuh is changed at a time, in a copy; the tests are built
+against the copy and must turn red.
+
+    python3 test/mutate.py [-j N] [WORD ...]       N at a time (2); only mutations whose name has one of the WORDs
+
+A line each, then `N caught, M missed`; status 1 if one was missed, does not compile, or no longer finds its line in the source: then
+give it the line's new form. Some five minutes on two cores; not part of `make test`. The first failing test ends a mutation, so what
+it prints is one witness, not all. Plain loops at -O1, without oneDNN: the rules are the same and it compiles in half the time.
+"""
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FLAGS = "-O1 -std=c++17 -fopenmp -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -w -I.".split()
+TESTS = ("test_fp4", "test_quantise", "test_linear")
+
+# name, file, what is there (exactly once), what takes its place
+MUTATIONS = [
+    # rounding
+    ("ties go up", "fp4.cuh", "return with_sign((a + c) - c, x);", "return with_sign((float_of(bits_of(a) + 1) + c) - c, x);"),
+    ("nearest does not saturate", "fp4.cuh", "    a = a < f.max ? a : f.max;\n    float b =", "    float b ="),
+    ("subnormals in steps of their own size", "fp4.cuh", "float b = a > f.min_normal ? a : f.min_normal;",
+     "float b = a > f.min_normal / 2 ? a : f.min_normal / 2;"),
+    ("a zero loses its sign", "fp4.cuh", "return float_of(bits_of(q) | (bits_of(x) & 0x80000000u));",
+     "return q == 0 ? q : float_of(bits_of(q) | (bits_of(x) & 0x80000000u));"),
+    ("stochastic: no half", "fp4.cuh", " + (1u << (f.drop - 17));", ";"),
+    ("stochastic: 15 random bits", "fp4.cuh", "(r << (f.drop - 16))", "((r & ~1u) << (f.drop - 16))"),
+    ("stochastic: subnormals not lifted", "fp4.cuh", "float lift = a < f.min_normal ? f.min_normal : 0.f;\n    uint32_t u",
+     "float lift = 0.f;\n    uint32_t u"),
+    # scales
+    ("tensor scale: other order of products", "fp4.cuh", "float base = s.amax[u] * per_amax;\n            BlockScale b = nvfp4_scale(base",
+     "float base = s.amax[u] * S_enc * rule.inverse_top;\n            BlockScale b = nvfp4_scale(base"),
+    ("block scale: division instead of a product", "fp4.cuh", "enc = 1.f / (s * S_dec);", "enc = 1.f / s / S_dec;"),
+    ("blocks that vanish keep codes", "fp4.cuh", "return {s == 0 ? 0.f : enc, s};", "return {enc, s};"),
+    ("four_six: cap 448", "fp4.cuh", "cap = c.scale == Scale::four_six ? 256.f : 448.f;", "cap = 448.f;"),
+    ("no headroom", "fp4.cuh", "float top = room ? 96.f / 17.f : 6.f", "float top = 6.f"),
+    ("headroom for four_six when rounding to nearest", "fp4.cuh", "(c.scale == Scale::four_six && c.rounding == Rounding::stochastic)",
+     "c.scale == Scale::four_six"),
+    ("four_six: 4 where both are as good", "fp4.cuh", "bool four = s.err4[u] < s.err6[u];", "bool four = s.err4[u] <= s.err6[u];"),
+    ("four_six: sums in another order", "device.cuh", "op(value(first + i, j), value(first + i, j + 8));",
+     "op(value(first + i, 2 * j), value(first + i, 2 * j + 1));"),
+    ("MX: ceil rounds to nearest", "fp4.cuh", "up = (u + 0x7fffff) >> 23;", "up = (u + 0x3fffff) >> 23;"),
+    ("MX: floor is one too large", "fp4.cuh", "low = field > emax ? field - emax : 0;", "low = field + 1 > emax ? field + 1 - emax : 0;"),
+    ("MX: the smallest scale is forgotten", "fp4.cuh", "    up = u <= 0x400000 ? 0 : up;", "    "),
+    ("MX: blocks of 16", "fp4.cuh", "    if (wide) {\n", "    if (false) {\n"),
+    ("amax passes over NaN", "fp4.cuh", "return float_of(u < 0x7f800000u ? u : 0x7f800000u);",
+     "return float_of(u < 0x7f800001u ? u : 0u);"),
+    ("S_dec of an infinity is a number", "fp4.cuh", "scale[1] = is_finite(amax) ? 1.f / enc : float_of(0x7fc00000u);",
+     "scale[1] = 1.f / enc;"),
+    ("amax of a transformed operand before its Hadamard", "fp4.cuh", "hadamard(g, t, s.v, cell.hadamard, s.sign);\n            }\n            acc_t m",
+     "}\n            acc_t m"),
+    # Hadamard
+    ("Hadamard: one fixed sign", "fp4.cuh", "const uint32_t fixed = 0xd7e8;", "const uint32_t fixed = 0xd7ec;"),
+    ("Hadamard: random signs read backwards", "fp4.cuh", "random.w[i / 32] >> (i & 31)", "random.w[i / 32] >> (31 - (i & 31))"),
+    ("Hadamard: 64 over 16", "fp4.cuh", "n == 64 ? 0.125f", "n == 64 ? 0.25f"),
+    ("Hadamard: no levels across 16 elements", "fp4.cuh", "for (int h = 1; h < n; h *= 2) {",
+     "for (int h = 1; h < (n < 16 ? n : 16); h *= 2) {"),
+    # draws
+    ("draws: halves of a word exchanged", "fp4.cuh", "w.w[p / 2] >> 16 * (p % 2)", "w.w[p / 2] >> 16 * (1 - p % 2)"),
+    ("draws: groups of a row counted wrong", "fp4.cuh", "int64_t groups = (t.cols + 127) / 128;", "int64_t groups = t.cols / 128 + 1;"),
+    ("draws: micro-batches beyond 256 alike", "device.cuh", "(key.micro & 0xffff) << 16", "(key.micro & 0xff) << 16"),
+    ("draws: the layer has no part", "metis.cuh", "ctx.micro, lin.id, (uint32_t)(again", "ctx.micro, 0, (uint32_t)(again"),
+    ("draws: the step has no part", "metis.cuh", "RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)(again",
+     "RandomKey key = {ctx.seed, 0, ctx.micro, lin.id, (uint32_t)(again"),
+    ("draws: both operands of a GEMM share them", "metis.cuh", "(again ? made_before[which] : which)",
+     "(again ? made_before[which] : which / 2 * 2)"),
+    ("draws: signs of each operand its own", "metis.cuh", "sign_key.operand = (uint32_t)which / 2,", "sign_key.operand = (uint32_t)which,"),
+    ("draws: evaluation rounds stochastically", "metis.cuh", "if (s.nearest) cell.rounding = Rounding::nearest,", "if (s.nearest)"),
+    # packing
+    ("packing: nibbles exchanged", "fp4.cuh", "code = (uint8_t)(code | encode(s.v[next], f) << 4);",
+     "code = (uint8_t)(code << 4 | encode(s.v[next], f));"),
+    ("packing: tiled scales by other strides", "fp4.cuh", "r % 32 * 16 + r % 128 / 32 * 4 + b % 4;",
+     "r % 32 * 16 + b % 4 * 4 + r % 128 / 32;"),
+    # the layer
+    ("wgrad_x in blocks along its rows", "metis.cuh", "QuantCall call = {cell, blocks, rows",
+     "QuantCall call = {cell, which == wgrad_x ? Axis::row : blocks, rows"),
+    ("dgrad_w in blocks along its rows", "metis.cuh", "QuantCall call = {cell, blocks, rows",
+     "QuantCall call = {cell, which == dgrad_w ? Axis::row : blocks, rows"),
+    ("D with blocks serves twice", "metis.cuh", "bool same = once == again && !has_blocks(once.format) && ",
+     "bool same = once == again && "),
+    ("D rounded stochastically serves twice", "metis.cuh", " && once.rounding == Rounding::nearest;", ";"),
+    ("D serves wgrad whatever its cell", "metis.cuh", "bool same = once == again && ", "bool same = once.format == again.format && "),
+    ("tensor scales taken over in spite of a Hadamard", "metis.cuh", "!a.hadamard && !b.hadamard && a.split == b.split",
+     "a.split == b.split"),
+    ("tensor scales taken over between rules", "metis.cuh", " && scale_rule(a).full == scale_rule(b).full;", ";"),
+    ("dW is overwritten", "metis.cuh", "product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 1,",
+     "product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 0,"),
+    ("a tensor scale is not multiplied in", "matmul.cuh", "acc_t(a.scale ? *a.scale : 1.f) * acc_t(b.scale ? *b.scale : 1.f);",
+     "acc_t(b.scale ? *b.scale : 1.f);"),
+    ("the tally counts padding", "fp4.cuh", "                           : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;",
+     "                           : 1.f;"),
+    # refusals
+    ("a Hadamard on one side only is allowed", "metis.cuh", "if (c.hadamard != other.hadamard || ", "if ("),
+    ("MX scales on nvfp4 are allowed", "metis.cuh", "if (c.format == Format::nvfp4 && c.scale >= Scale::floor)", "if (false)"),
+]
+
+
+def run(command, tree):
+    """A command in a tree -> whether it ended well, and what it printed."""
+    try:
+        done = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=600)
+        return done.returncode == 0, done.stdout
+    except subprocess.TimeoutExpired:
+        return False, "FAIL: ran for ten minutes"
+
+
+def first_red(tree, order):
+    """The first failing test of a tree in a few words, "" if all are green; None if one does not compile."""
+    for test in order:
+        built, text = run([os.environ.get("CXX", "g++"), *FLAGS, "-x", "c++", f"test/{test}.cu", "-o", test], tree)
+        if not built:
+            return None
+        green, text = run([f"./{test}"], tree)
+        if not green:
+            red = re.findall(r"^(?:FAIL|.*error:) *(.*)$", text, re.M) or (text.strip().splitlines() or ["died"])[-1:]
+            return f"{test}: {red[0]}"[:140]
+    return ""
+
+
+def copy():
+    tree = tempfile.mkdtemp(prefix="mutant.")
+    for name in os.listdir(ROOT):
+        if name.endswith((".cuh", ".h")):
+            shutil.copy(os.path.join(ROOT, name), tree)
+    shutil.copytree(os.path.join(ROOT, "test"), os.path.join(tree, "test"))
+    return tree
+
+
+def mutate(mutation):
+    """-> (caught, line)"""
+    name, file, old, new = mutation
+    tree = copy()
+    try:
+        path = os.path.join(tree, file)
+        source = open(path).read()
+        if source.count(old) != 1:
+            return False, f"MISSED {name}: its line is in {file} {source.count(old)} times"
+        open(path, "w").write(source.replace(old, new))
+        red = first_red(tree, TESTS[::-1] if file in ("metis.cuh", "matmul.cuh") else TESTS)
+        if red is None:
+            return False, f"MISSED {name}: does not compile"
+        return bool(red), f"caught {name} | {red}" if red else f"MISSED {name}"
+    finally:
+        shutil.rmtree(tree)
+
+
+def main():
+    words, jobs = sys.argv[1:], 2
+    if words[:1] == ["-j"] and len(words) > 1 and words[1].isdigit():
+        jobs, words = int(words[1]), words[2:]
+    if any(word.startswith("-") for word in words):
+        sys.exit(__doc__)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    tree = copy()
+    red = first_red(tree, TESTS)
+    shutil.rmtree(tree)
+    if red != "":
+        sys.exit(f"the tests are not green without a mutation: {red or 'they do not compile'}")
+    caught = missed = 0
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for ok, line in pool.map(mutate, [m for m in MUTATIONS if not words or any(word in m[0] for word in words)]):
+            caught, missed = caught + ok, missed + (not ok)
+            print(line, flush=True)
+    print(f"{caught} caught, {missed} missed")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
