@@ -706,6 +706,7 @@ def blocks():
     amax = f32(5) + np.abs(d.normal(1)[0])
     x = np.array([np.eye(16, dtype=f32)[0] * amax] + choice_edges(d, (16,), 2, amax))
     yield case("choices", x, "nvfp4", "column", "nearest", "four_six", key=key())
+    yield case("choices", x, "nvfp4", "row", "nearest", "four_six")
     for i, tile in enumerate(choice_edges(d, (16, 16), 1, amax)):     # the tensor's amax in a tile of its own, one column wide
         x = np.concatenate([tile, np.full((16, 1), amax)], axis=1)
         yield case(f"choice {i}", x, "nvfp4", "row", "nearest", "four_six", "square", key=key())
