@@ -151,19 +151,24 @@ struct RandomKey {
 
 struct Words { uint32_t w[4]; };
 
-// The 128 random bits of block high * 2^32 + index (high < 2^16) of the stream that `key` names. Fields: micro < 2^16, layer < 2^16, operand < 2^8.
+// The counter and the key of block high * 2^32 + index (high < 2^16) of the stream that `key` names, and one of the ten rounds.
+// Fields: micro < 2^16, layer < 2^16, operand < 2^8.
+HD Words philox_counter(RandomKey key, uint32_t index, uint32_t high) {
+    return {{index, key.step, (uint32_t)key.purpose | (key.operand & 0xff) << 8 | (key.layer & 0xffff) << 16, high | (key.micro & 0xffff) << 16}};
+}
+HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+    uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0, c1 = (uint32_t)b;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1, c3 = (uint32_t)a;
+}
+constexpr uint32_t philox_step0 = 0x9E3779B9u, philox_step1 = 0xBB67AE85u;        // what a round adds to the key
+
+// The 128 random bits of a block.
 HD Words philox(RandomKey key, uint32_t index, uint32_t high) {
-    uint32_t c0 = index, c1 = key.step;
-    uint32_t c2 = (uint32_t)key.purpose | (key.operand & 0xff) << 8 | (key.layer & 0xffff) << 16;
-    uint32_t c3 = high | (key.micro & 0xffff) << 16;
+    Words c = philox_counter(key, index, high);
     uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0, c1 = (uint32_t)b;
-        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1, c3 = (uint32_t)a;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    return {{c0, c1, c2, c3}};
+    for (int round = 0; round < 10; round++, k0 += philox_step0, k1 += philox_step1) philox_round(c.w[0], c.w[1], c.w[2], c.w[3], k0, k1);
+    return c;
 }
 HD Words philox(RandomKey key, uint64_t index) { return philox(key, (uint32_t)index, (uint32_t)(index >> 32)); }
 
@@ -453,6 +458,10 @@ template <int W> struct Group {
     template <class F> __device__ void grid16(int n, F f) const {
         for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16);
     }
+    // f(i, lane, words) for i in [0, n), lane in [0, 16): words of block first(i) + lane, first a multiple of 16.
+    template <class B, class F> __device__ void draw16(int n, RandomKey key, B first, F f) const {
+        for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16, philox(key, first(i / 16) + i % 16));
+    }
     // f(r, c) for r < height, c < width <= 2^shift.
     template <class F> __device__ void tile(int height, int width, int shift, F f) const {
         for (int i = lane(); i < height << shift; i += W)
@@ -490,6 +499,8 @@ template <class Tag, int W, class F> __global__ void __launch_bounds__(W < 128 ?
     if (r < n) f(Group<W>(), r);
 }
 #else
+// The function must become part of its loop, or the loop is not vectorised; a large kernel makes compilers think otherwise.
+#define FLAT __attribute__((flatten))
 template <int W> struct Group {
     static constexpr int lanes = 1;
     int lane() const { return 0; }
@@ -501,7 +512,7 @@ template <int W> struct Group {
     }
     template <class T> static void fetch(Out<T> p) { fetch(p.p); }
 
-    template <class F, class... P> void map(int n, F f, P... p) const {
+    template <class F, class... P> FLAT void map(int n, F f, P... p) const {
         for (int from = 0; from < n; from += 128) {
             (fetch(at(p, from)), ...);
             int to = from + 128 < n ? from + 128 : n;
@@ -510,24 +521,40 @@ template <int W> struct Group {
         }
     }
     // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op.
-    template <class F> void each(int n, F f) const {
+    template <class F> FLAT void each(int n, F f) const {
         #pragma omp simd
         for (int i = 0; i < n; i++) f(i);
     }
-    template <class F> void grid16(int n, F f) const {
+    template <class F> FLAT void grid16(int n, F f) const {
         for (int i = 0; i < n; i++) {
             #pragma omp simd
             for (int j = 0; j < 16; j++) f(i, j);
         }
     }
+    // f(i, lane, words) for i in [0, n), lane in [0, 16): words of block first(i) + lane, first a multiple of 16. Round by round over
+    // 16 lanes: a loop that every compiler vectorises.
+    template <class B, class F> FLAT void draw16(int n, RandomKey key, B first, F f) const {
+        for (int i = 0; i < n; i++) {
+            uint64_t block = first(i);
+            Words c = philox_counter(key, (uint32_t)block, (uint32_t)(block >> 32));
+            uint32_t c0[16], c1[16], c2[16], c3[16], k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+            for (int j = 0; j < 16; j++) c0[j] = c.w[0] + j, c1[j] = c.w[1], c2[j] = c.w[2], c3[j] = c.w[3];
+            for (int round = 0; round < 10; round++, k0 += philox_step0, k1 += philox_step1) {
+                #pragma omp simd
+                for (int j = 0; j < 16; j++) philox_round(c0[j], c1[j], c2[j], c3[j], k0, k1);
+            }
+            #pragma omp simd
+            for (int j = 0; j < 16; j++) f(i, j, Words{{c0[j], c1[j], c2[j], c3[j]}});
+        }
+    }
     // f(r, c) for r < height, c < width <= 2^shift.
-    template <class F> void tile(int height, int width, int, F f) const {
+    template <class F> FLAT void tile(int height, int width, int, F f) const {
         for (int r = 0; r < height; r++) {
             #pragma omp simd
             for (int c = 0; c < width; c++) f(r, c);
         }
     }
-    template <class V, class Op> void fold16(int n, V value, Op op, float* to) const {
+    template <class V, class Op> FLAT void fold16(int n, V value, Op op, float* to) const {
         for (int first = 0; first < n; first += 8) {                 // eight trees side by side, n a multiple of 8: one level a loop
             float a[64], b[32], c[16];
             for (int i = 0; i < 8; i++) {
@@ -543,7 +570,7 @@ template <int W> struct Group {
         }
     }
     // The same trees over 16 rows: to[c] of value(0..15, c), n a multiple of 16.
-    template <class V, class Op> void fold_rows16(int n, V value, Op op, float* to) const {
+    template <class V, class Op> FLAT void fold_rows16(int n, V value, Op op, float* to) const {
         for (int first = 0; first < n; first += 16) {
             float t[8][16];
             for (int j = 0; j < 8; j++) {
@@ -559,7 +586,7 @@ template <int W> struct Group {
         }
     }
     // The sum of f(i) in double, in a fixed order.
-    template <class F> double sum_double(int n, F f) const {
+    template <class F> FLAT double sum_double(int n, F f) const {
         double s[8] = {};
         for (int i = 0; i < (n & ~7); i += 8) {
             #pragma omp simd
@@ -569,7 +596,7 @@ template <int W> struct Group {
         return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
     }
     // 16 partial sums whatever the vector width, then a fixed tree.
-    template <class F, class... P> acc_t sum(int n, F f, P... p) const {
+    template <class F, class... P> FLAT acc_t sum(int n, F f, P... p) const {
         acc_t s[16] = {};
         int whole = n & ~15;
         for (int i = 0; i < whole; i += 16) {
@@ -582,7 +609,7 @@ template <int W> struct Group {
             for (int j = 0; j < d; j++) s[j] += s[j + d];
         return s[0];
     }
-    template <class F, class... P> acc_t max(int n, F f, P... p) const {
+    template <class F, class... P> FLAT acc_t max(int n, F f, P... p) const {
         acc_t m[16];
         for (int j = 0; j < 16; j++) m[j] = -INFINITY;
         int whole = n & ~15;

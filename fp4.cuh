@@ -297,13 +297,12 @@ template <class G> HD void hadamard_signs(G g, float* sign, Signs kind, Words ra
 template <class G> HD void draw_tile(G g, const TileShape& t, uint16_t* random, RandomKey key, int64_t r0, int64_t c0) {
     int64_t groups = (t.cols + 127) / 128;
     int parts = t.C < 128 ? t.C / 16 : 8, per_row = t.C < 128 ? 1 : t.C / 128, first = (int)(c0 % 128) / 16;
-    g.grid16(t.R * per_row, [&](int i, int lane) {
-        int r = i / per_row, part = i % per_row;
-        uint64_t block = (uint64_t)((r0 + r) * groups + c0 / 128 + part) * 16;
-        Words w = philox(key, (uint32_t)block | (uint32_t)lane, (uint32_t)(block >> 32));
-        uint16_t* to = random + (r << t.shift) + part * 128 + lane;
-        for (int p = 0; p < 8; p++)
-            if (p >= first && p < first + parts) to[(p - first) * 16] = (uint16_t)(w.w[p / 2] >> 16 * (p % 2));
+    auto block = [&](int i) { return (uint64_t)((r0 + i / per_row) * groups + c0 / 128 + i % per_row) * 16; };
+    if (parts == 8) g.draw16(t.R * per_row, key, block, [&](int i, int lane, Words w) {
+        for (int p = 0; p < 8; p++) random[128 * i + 16 * p + lane] = (uint16_t)(w.w[p / 2] >> 16 * (p % 2));
+    });
+    else g.draw16(t.R, key, block, [&](int i, int lane, Words w) {
+        for (int p = 0; p < parts; p++) random[(i << t.shift) + 16 * p + lane] = (uint16_t)(w.w[(first + p) / 2] >> 16 * ((first + p) % 2));
     });
     g.sync();
 }
@@ -523,12 +522,10 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             }
 
         // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
-        auto values = [&](auto round) { elements(g, t, [&](int k, int u) { s.v[k] = round(s.v[k] * s.enc[u], k) * s.dec[u]; }); };
-        auto codes = [&](auto round) { elements(g, t, [&](int k, int u) { s.v[k] = round(s.v[k] * s.enc[u], k); }); };
-        if (packed.codes && stochastic) codes(random);
-        else if (packed.codes) codes(nearest);
-        else if (stochastic) values(random);
-        else values(nearest);
+        if (packed.codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
+        else if (packed.codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
+        else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; });
+        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; });
         g.sync();
         if (packed.codes) {
             int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis

@@ -43,6 +43,63 @@ struct Bench {
     }
 };
 
+// Where the time of a Metis layer goes: forward and backward of every linear layer of a block of `15m`, 4096 tokens, by part; the
+// refresh of its bases is spread over the steps between two. FLOPs and bytes as the launches state them, the least they could be.
+static void metis_table(Ctx& ctx) {
+    Model m;
+    Config c = config_of(presets[1], 256);
+    c.layers = 1;
+    const int B = 16, T = 256, N = B * T, rounds = 8;
+    measure(m, c, B, T, Recompute::none, find_recipe("metis"), true);
+    allocate(ctx, m, true);
+    initialise(ctx, m);
+    struct { const char* name; Linear* lin; act_t *x, *y, *d, *dx; } layers[] = {
+        {"qkv", &m.linears[0].qkv, m.acts[0].h1, m.acts[0].qkv, m.d_wide, m.dh}, {"o", &m.linears[0].o, m.acts[0].att, m.y, m.dx, m.dh},
+        {"gate_up", &m.linears[0].gate_up, m.acts[0].h2, m.acts[0].gu, m.acts[0].gu, m.dh}, {"down", &m.linears[0].down, m.acts[0].s, m.y, m.dx, m.d_wide}};
+    struct { const char *part, *precision; std::vector<std::string> kernels; } parts[] = {
+        {"M B", on_gpu ? "bf16" : "float", {"split M B"}}, {"A, L, Q(A), Q(B)", "float", {"split_norms", "split_lengths", "split_factors"}},
+        {"amax of residuals", "float", {"quantise_amax", "quantise_scale"}}, {"residual + quantise", "float", {"quantise_tiles"}},
+        {"R C, C C", "NVFP4", {"split R C", "split C C"}}, {"thin factors", "float", {"split_thin"}}, {"refresh / 8", "float", {}},
+        {"fprop: R R + thin", "NVFP4, bf16", {" fprop"}}, {"dgrad: R R + thin", "NVFP4, bf16", {" dgrad"}}, {"wgrad: R R + thin", "NVFP4, bf16", {" wgrad"}}};
+    printf("a Metis layer by parts, %d tokens: ms, GFLOP, GB\n%-22s %-12s", N, "", "precision");
+    for (auto& l : layers) printf("  %-22s", (std::string(l.name) + " " + std::to_string(l.lin->in) + " to " + std::to_string(l.lin->out)).c_str());
+    printf("\n");
+    std::vector<std::vector<Profiler::Row>> seen;                               // per layer: a row for every kernel, of one pass
+    for (auto& l : layers) {
+        initialise(ctx, l.x, N * l.lin->in, 1, {1, 0, 0, 0, 1, Purpose::test}), initialise(ctx, l.d, N * l.lin->out, 1e-3f, {1, 0, 0, 0, 2, Purpose::test});
+        m.operands.refresh = true;
+        for (int step = 0; step <= rounds * 8; step++) {
+            if (step == 1) ctx.profiler.rows.clear();                           // the first is cold
+            ctx.step = (uint32_t)step, ctx.profiler.on = true;
+            linear_forward(ctx, *l.lin, m.operands, l.y, mat((const act_t*)l.x, l.lin->in), N);
+            if (l.y == l.d) initialise(ctx, l.d, N * l.lin->out, 1e-3f, {1, 0, 0, 0, 2, Purpose::test});
+            linear_backward(ctx, *l.lin, m.operands, l.dx, mat((const act_t*)l.d, l.lin->out), mat((const act_t*)l.x, l.lin->in), N);
+            ctx.profiler.on = false;
+        }
+        seen.push_back(ctx.profiler.rows);
+    }
+    for (auto& part : parts) {
+        printf("%-22s %-12s", part.part, part.precision);
+        for (auto& rows : seen) {
+            double ms = 0, flops = 0, bytes = 0;
+            for (auto& r : rows) {
+                std::string name = r.name;
+                bool listed = false, any = name == "init_weights";
+                for (auto& p : parts)
+                    for (auto& k : p.kernels) {
+                        bool is = k[0] == ' ' ? name.size() > k.size() && name.substr(name.size() - k.size()) == k : name == k;
+                        any |= is, listed |= is && &p == &part;
+                    }
+                if (part.kernels.empty() ? any : !listed) continue;
+                ms += 1e3 * r.seconds, flops += r.flops, bytes += r.bytes;
+            }
+            double n = rounds * 8;
+            printf("  %6.2f %7.2f %7.3f", ms / n, 1e-9 * flops / n, 1e-9 * bytes / n);
+        }
+        printf("\n");
+    }
+}
+
 int main(int argc, char** argv) {
     Bench b;
     b.ctx.threads = argc > 1 ? atoi(argv[1]) : on_gpu ? 1 : omp_get_num_procs();
@@ -119,5 +176,6 @@ int main(int argc, char** argv) {
         double four = b.rate(flops, [&] { matmul(ctx, "", product, q.n, ea, eb, q.m, q.n, q.k, q.beta); });
         printf("%-22s %8.0f GFLOP/s  float %7.0f GFLOP/s  ratio %.2f\n", q.name, four * 1e-9, plain * 1e-9, four / plain);
     }
+    metis_table(ctx);
     return 0;
 }
