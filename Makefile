@@ -20,7 +20,7 @@ PYTHON ?= python3
 STRICT   = -ffp-contract=off -fno-math-errno -fno-trapping-math
 WARN     = -Wall -Wextra -Wno-unknown-pragmas
 CXXFLAGS = -O3 -g1 -std=c++17 -fopenmp $(STRICT) $(WARN) -I.
-NVCCFLAGS = -O3 -std=c++17 --extended-lambda --fmad=false -lineinfo -Xcompiler -fopenmp,-ffp-contract=off,-Wno-unknown-pragmas -diag-suppress 177 -I.
+NVCCFLAGS = -O3 -std=c++17 --extended-lambda --fmad=false -lineinfo -Xcompiler -fopenmp,-ffp-contract=off,-Wno-unknown-pragmas -diag-suppress 177,1675 -I.
 
 # --- what is here: found by trying, not by asking a package manager ---------------------------------------------------------
 quiet = >/dev/null 2>&1
