@@ -5,7 +5,7 @@ against the copy and must turn red.
     python3 test/mutate.py [-j N] [WORD ...]       N at a time (2); only mutations whose name has one of the WORDs
 
 A line each, then `N caught, M missed`; status 1 if one was missed, does not compile, or no longer finds its line in the source: then
-give it the line's new form. Some five minutes on two cores; not part of `make test`. The first failing test ends a mutation, so what
+give it the line's new form. Five to eight minutes on two cores; not part of `make test`. The first failing test ends a mutation, so what
 it prints is one witness, not all. Plain loops at -O1, without oneDNN: the rules are the same and it compiles in half the time.
 """
 import concurrent.futures
