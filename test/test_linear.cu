@@ -5,7 +5,7 @@
 //
 // Operands are exact: what lies in the scratch after a GEMM must be the slow quantiser's numbers to the bit, under the draws that their
 // names promise. A GEMM of exact operands errs by its float additions alone, so that is the whole tolerance; a wrong axis, draw, sign
-// or scale changes operands by whole steps of four bits. Rows with split operands are left out here. How tests run: device_test.h.
+// or scale changes operands by whole steps of four bits. Rows with split operands: test_metis.cu. How tests run: device_test.h.
 #include "../metis.cuh"
 #include "slow_quantiser.h"
 #include <sys/wait.h>       // waitpid
