@@ -337,13 +337,14 @@ inline void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const
 }
 
 // Whether operand `which` takes over the tensor scale of the operand that was made of the same matrix before it in this pass: half
-// of the passes over memory that amaxes cost. Without a split it is the same number. The two residuals of a split matrix differ by
-// how the factors were rounded; should the second have a block beyond the first's amax, that block's scale saturates at 448.
+// of the passes over memory that amaxes cost. Without a split it is the same number. The two residuals of a split matrix whose factors
+// are rounded alike differ by chance; should the second have a block beyond the first's amax, that block's scale saturates at 448.
 inline bool same_scale(const Recipe& r, Which which, bool nearest) {
     if (made_before[which] == operand_count) return false;
     Operand a = r.cell[made_before[which]], b = r.cell[which];
     if (nearest) a.rounding = b.rounding = Rounding::nearest;
-    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && a.split == b.split && scale_rule(a).full == scale_rule(b).full;
+    bool alike = a.split == b.split && (!a.split || (a.factors == b.factors && a.residual == b.residual));
+    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && alike && scale_rule(a).full == scale_rule(b).full;
 }
 
 // An operand of a GEMM as product() takes it. r: the residual, or all of it, (outer x contracted). Of a split one also the thin
