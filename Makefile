@@ -85,7 +85,7 @@ run: train_llama data/stories.txt
 
 # --- tests -------------------------------------------------------------------------------------------------------------------
 # On the machine found: kernels and PyTorch's numbers. Always on the CPU: files, data, finite differences in double.
-TESTS = $(DIR)/test_kernels $(DIR)/test_matmul $(DIR)/test_fp4 $(DIR)/test_quantise $(DIR)/test_linear $(DIR)/test_metis $(DIR)/test_golden $(HOST)/test_model $(HOST)/test_data $(HOST)/test_checkpoint
+TESTS = $(DIR)/test_kernels $(DIR)/test_matmul $(DIR)/test_fp4 $(DIR)/test_quantise $(DIR)/test_linear $(DIR)/test_subspace $(DIR)/test_metis $(DIR)/test_golden $(HOST)/test_model $(HOST)/test_data $(HOST)/test_checkpoint
 HOST  = build/cpu$(if $(SAN),-asan)
 REFERENCE = build/ref$(if $(SAN),-asan)/train_llama
 
@@ -112,7 +112,7 @@ test-asan:
 
 # --- the GPU program for every target of ours that this nvcc knows; its tests, benchmark and ACT=float variant for one -----------
 TARGETS = $(filter $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)) 90a 100a 120a,80 89 90a 100a 120a)
-CHECKS  = train_llama.float test_kernels test_matmul test_fp4 test_quantise test_linear test_metis test_golden bench_kernels
+CHECKS  = train_llama.float test_kernels test_matmul test_fp4 test_quantise test_linear test_subspace test_metis test_golden bench_kernels
 gpu-compile: $(patsubst %,build/compile/%.o,$(TARGETS)) $(patsubst %,build/compile/check/%.o,$(CHECKS))
 	@echo "compiled for: $(patsubst %,sm_%,$(TARGETS))"
 build/compile/%.o: train_llama.cu
@@ -128,6 +128,7 @@ build/compile/check/test_matmul.o: test/test_matmul.cu
 build/compile/check/test_fp4.o: test/test_fp4.cu
 build/compile/check/test_quantise.o: test/test_quantise.cu
 build/compile/check/test_linear.o: test/test_linear.cu
+build/compile/check/test_subspace.o: test/test_subspace.cu
 build/compile/check/test_metis.o: test/test_metis.cu
 build/compile/check/test_golden.o: test/test_golden.cu
 build/compile/check/bench_kernels.o: dev/bench_kernels.cu

@@ -1,0 +1,316 @@
+// test_subspace.cu: bases of subspace.cuh against a singular value decomposition in double, on matrices whose spectrum is known.
+//
+//     make build/cpu/test_subspace && build/cpu/test_subspace          -v also prints how much of its tolerance each test used
+//
+// Exact are bits that must not change: across threads, and where nothing may be read. All else has a bound that is derived beside it; u
+// and how tests run: device_test.h. Of randomised methods theory knows expectations: means over draws whose seeds are fixed, so that a
+// test says the same every time. What the bases are used for: test_metis.cu.
+#include "metis_test.h"
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The reference: one-sided Jacobi
+
+// Columns are rotated in pairs until all are orthogonal (Hestenes): their lengths are the singular values, the rotations' product the
+// right singular vectors, here as rows, largest first.
+struct Svd {
+    std::vector<double> sigma;
+    Dense right;
+    double squares(int64_t from) const {                                      // of sigma[from] and all after it
+        double s = 0;
+        for (size_t i = from; i < sigma.size(); i++) s += sigma[i] * sigma[i];
+        return s;
+    }
+};
+static Svd svd(const Dense& m) {
+    Dense a = transposed(m), v(m.cols, m.cols);
+    for (int64_t i = 0; i < v.rows; i++) v[i][i] = 1;
+    const double noise = 1e-18 * energy(m);
+    for (int sweep = 0, rotated = 1; rotated && sweep < 50; sweep++) {
+        rotated = 0;
+        for (int64_t i = 0; i < a.rows; i++)
+            for (int64_t j = i + 1; j < a.rows; j++) {
+                double x = dot(a[i], a[i], a.cols), y = dot(a[j], a[j], a.cols), z = dot(a[i], a[j], a.cols);
+                if (!(std::fabs(z) > noise && std::fabs(z) > 1e-14 * std::sqrt(x * y))) continue;
+                double theta = (y - x) / (2 * z), t = (theta >= 0 ? 1 : -1) / (std::fabs(theta) + std::sqrt(theta * theta + 1)), c = 1 / std::sqrt(t * t + 1), s = t * c;
+                auto rotate = [&](double* p, double* q, int64_t n) {
+                    for (int64_t k = 0; k < n; k++) {
+                        double before = p[k];
+                        p[k] = c * before - s * q[k], q[k] = s * before + c * q[k];
+                    }
+                };
+                rotate(a[i], a[j], a.cols), rotate(v[i], v[j], v.cols);
+                rotated++;
+            }
+    }
+    std::vector<std::pair<double, int64_t>> order;
+    for (int64_t i = 0; i < a.rows; i++) order.push_back({-std::sqrt(dot(a[i], a[i], a.cols)), i});
+    std::sort(order.begin(), order.end());
+    Svd result = {{}, Dense(m.cols, m.cols)};
+    for (int64_t i = 0; i < a.rows; i++) {
+        result.sigma.push_back(-order[i].first);
+        std::copy(v[order[i].second], v[order[i].second] + v.cols, result.right[i]);
+    }
+    return result;
+}
+
+// U diag(sigma) V^T with random orthonormal U and V, rounded to T.
+template <class T> static Dense with_spectrum(Rng& rng, int64_t rows, int64_t cols, double (*sigma)(int)) {
+    int64_t n = std::min(rows, cols);
+    Dense left = orthonormal(gaussian(rng, n, rows)), right = orthonormal(gaussian(rng, n, cols));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < rows; j++) left[i][j] *= sigma((int)i);
+    Dense m = products(transposed(left), transposed(right));
+    for (double& v : m.v) v = sizeof(T) == 2 ? as_bf16(v) : (float)v;
+    return m;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// All rows
+
+// Energy of S (the sampled rows) outside the basis; its rows made orthonormal again in double, so that this is no more than the
+// subspace's. Rayleigh and Ritz choose the k best directions of z, from z S^T, which errs by (cols + 2) u of the lengths' product: so
+// quadratic forms, and the energy, may err by twice that, and by as much as z lacks in orthonormality, 2 (q + 3) u.
+static double energy_u(const Refresh& f) { return 2 * (f.cols + f.q() + 5) * u; }
+static double lost(const Dense& s, const Dense& basis) { return energy(s) - energy(products(s, orthonormal(basis))); }
+
+// What every refresh owes, whatever S is: rows orthonormal; no more energy than the best subspace has; Ritz's order: S B has orthogonal
+// columns, their lengths descending, none longer than the singular value at its place.
+static void check_basis(Run& r, const Dense& s, const Svd& best, const Dense& basis, const Refresh& f) {
+    check_orthonormal(r, basis, f.q());
+    double total = energy(s), tol = (energy_u(f) + orthonormality(f.q())) * total;
+    r.verdict.note(lost(s, basis) >= best.squares(f.k) - tol, "lost %g, and the best subspace loses %g", lost(s, basis), best.squares(f.k));
+    Dense sb = transposed(products(s, basis));
+    for (int i = 0; i < f.k; i++) {
+        double e = dot(sb[i], sb[i], s.rows);
+        r.verdict.note(e <= best.sigma[i] * best.sigma[i] + tol, "direction %d holds %g, sigma^2 is %g", i, e, best.sigma[i] * best.sigma[i]);
+        if (i) r.verdict.note(e <= dot(sb[i - 1], sb[i - 1], s.rows) + tol, "direction %d holds %g, more than the one before", i, e);
+        for (int j = 0; j < i; j++) r.verdict.close(dot(sb[i], sb[j], s.rows), 0, tol, "S b . S b", i * f.k + j);
+    }
+}
+
+// Expected loss of the cold basis. Halko, Martinsson, Tropp (0909.4061), theorem 10.5: E |S - QQ'S|^2 <= (1 + k / (p - 1)) tail, tail =
+// the energy beyond the k largest directions, p = oversampling. Its proof (of theorem 9.1) exhibits k directions inside the range that
+// lose no more; Ritz's k lose the least of all, so the bound holds for them. P power iterations put S (S'S)^P in the place of S, and the
+// second term, |Sigma_2^(2P+1) W Sigma_1^(-2P)|^2, keeps at most (sigma_k+1 / sigma_k)^4P of what it was. Where q is S's rank or more, the
+// range is all of S.
+static double expected_loss(const Svd& best, const Refresh& f) {
+    double tail = best.squares(f.k);
+    if (f.q() >= std::min(f.cols, f.samples) || tail == 0) return tail;
+    return tail * (1 + std::pow(best.sigma[f.k] / best.sigma[f.k - 1], 4 * f.plan.cold) * f.k / (f.plan.oversample - 1));
+}
+
+struct Known { const char* name; int64_t rows, cols; int k; double (*sigma)(int); };
+static const Known known[] = {
+    {"flat", 160, 96, 16, [](int) { return 1.; }},
+    {"one spike", 160, 96, 16, [](int i) { return i ? 0.01 : 1.; }},
+    {"power law", 200, 96, 16, [](int i) { return 1. / (1 + i); }},
+    {"power law, rank 48", 200, 96, 48, [](int i) { return 1. / (1 + i); }},
+    {"power law with a step", 200, 96, 16, [](int i) { return (i < 16 ? 1. : 0.3) / (1 + i); }},
+    {"power law of 1e-25", 150, 64, 16, [](int i) { return 1e-25 / (1 + i); }},
+    {"power law of 1e15", 150, 64, 32, [](int i) { return 1e15 / (1 + i); }},
+    {"sixteen decades", 150, 64, 16, [](int i) { return std::pow(10, -i / 4.); }},
+    {"rank 5", 120, 64, 16, [](int i) { return i < 5 ? 1. / (1 + i) : 0; }},
+    {"rank 20", 120, 64, 16, [](int i) { return i < 20 ? 1. / (1 + i) : 0; }},
+    {"zero", 60, 64, 16, [](int) { return 0.; }},
+    {"12 rows", 12, 64, 16, [](int i) { return 1. / (1 + i); }},
+    {"20 rows", 20, 64, 16, [](int i) { return 1. / (1 + i); }},
+    {"one row", 1, 32, 16, [](int) { return 1.; }},
+    {"k nearly all columns", 90, 36, 32, [](int i) { return 1. / (1 + i); }},
+    {"k all columns", 80, 32, 32, [](int i) { return 1. / (1 + i); }},
+    {"k all columns and rows", 48, 48, 48, [](int i) { return 1. / (1 + i); }},
+    {"k all columns, rank 5", 80, 48, 48, [](int i) { return i < 5 ? 1. / (1 + i) : 0; }},
+    {"k all columns, zero", 30, 16, 16, [](int) { return 0.; }},
+};
+
+// Cold, of all rows. The mean of eight draws against the expected loss.
+template <class T> static void test_known(Run& r, const Known& c, int powers) {
+    Rng rng{(uint64_t)(c.rows + c.k)};
+    Dense m = with_spectrum<T>(rng, c.rows, c.cols, c.sigma);
+    Buffer<T> source(r, c.rows * c.cols, [&](int64_t i) { return m.v[i]; });
+    Refresh f = {c.rows, c.cols, c.rows, c.k};
+    f.plan.cold = powers;
+    double loss = 0, total = energy(m);
+    Svd best = r.compare ? svd(m) : Svd{{}, m};
+    r.at("%s, %ldx%ld, %d-byte elements, %d power iterations", c.name, (long)c.rows, (long)c.cols, (int)sizeof(T), powers);
+    // The reference itself: rounding moves every singular value by no more than all of the rounding errors' energy (Weyl).
+    for (int64_t i = 0; r.compare && i < c.cols; i++)
+        r.verdict.close(best.sigma[i], i < c.rows ? c.sigma((int)i) : 0, (sizeof(T) == 2 ? 0x1p-8 : u) * std::sqrt(total) + 1e-12 * best.sigma[0], "sigma", i);
+    for (int draw = 0; draw < 8; draw++) {
+        Buffer<acc_t> basis(r, c.k * c.cols);
+        f.key.seed = draw + 1, f.key.step = 3 * draw;
+        Dense b = refresh(r, basis, source, f);
+        if (!r.compare) continue;
+        check_basis(r, m, best, b, f);
+        loss += lost(m, b) / 8;
+    }
+    if (!r.compare) return;
+    double bound = expected_loss(best, f) + energy_u(f) * total;
+    r.verdict.note(loss <= bound, "loses %g on average, the bound is %g", loss, bound);
+}
+
+static void test_cold(Run& r) {
+    for (const Known& c : known)
+        for (int powers : {0, 2}) test_known<acc_t>(r, c, powers);
+    test_known<bf16>(r, known[2], 2), test_known<bf16>(r, known[11], 2);
+    // What stands in for the rows of a zero matrix is drawn by the step: orthonormal for every one of them.
+    Buffer<acc_t> zero(r, 20 * 16, [](int64_t) { return 0; });
+    Refresh f = {20, 16, 20, 16};
+    for (; f.key.step < 100; f.key.step++) {
+        r.at("zero, step %u", f.key.step);
+        Buffer<acc_t> basis(r, 16 * 16);
+        check_orthonormal(r, refresh(r, basis, zero, f), 16);
+    }
+}
+
+// Warm, of all rows. The old basis is among the rows that the refresh begins with; Ritz's k capture the most of that span; and a power
+// iteration loses nothing: |SAx|^2/|Ax|^2 >= |Ax|^2/|Sx|^2 >= |Sx|^2/|x|^2 with A = S'S (Cauchy-Schwarz twice), so by Courant and Fischer
+// no Ritz value falls. From a cold basis, from the worst one there is, from zeros (step 0 was not finite), and from random rows.
+static void test_warm(Run& r) {
+    for (const Known& c : known) {
+        Rng rng{(uint64_t)(c.cols + c.k)};
+        Dense m = with_spectrum<acc_t>(rng, c.rows, c.cols, c.sigma);
+        Svd best = svd(m);
+        Buffer<acc_t> source(r, c.rows * c.cols, [&](int64_t i) { return m.v[i]; });
+        double total = energy(m);
+        for (int start = 0; start < 4; start++) {
+            r.at("%s, %ldx%ld, rank %d, start %d", c.name, (long)c.rows, (long)c.cols, c.k, start);
+            Dense random = orthonormal(gaussian(rng, c.k, c.cols));
+            Buffer<acc_t> basis(r, c.k * c.cols, [&](int64_t i) {
+                return start == 1 ? best.right[c.cols - c.k + i / c.cols][i % c.cols] : start == 2 ? 0 : random.v[i];
+            });
+            Refresh f = {c.rows, c.cols, c.rows, c.k};
+            Dense b = start == 0 ? refresh(r, basis, source, f) : Dense(c.k, c.cols, basis.values());
+            for (f.warm = true; f.key.step < 24; ) {
+                f.key.step += 8;
+                double before = start == 2 && f.key.step == 8 ? total : lost(m, b);
+                b = refresh(r, basis, source, f);
+                if (!r.compare) continue;
+                check_basis(r, m, best, b, f);
+                r.verdict.note(lost(m, b) <= before + energy_u(f) * total, "step %u loses %g, before it %g", f.key.step, lost(m, b), before);
+            }
+            // Nothing but the old basis to choose from: its span comes back. z is that to orthonormality(k), the rotation orthogonal.
+            f.plan.oversample = 0, f.plan.warm = 0;
+            Dense same = refresh(r, basis, source, f), inside = products(b, same);
+            for (int i = 0; i < c.k; i++) r.verdict.close(dot(inside[i], inside[i], c.k), 1, 4 * orthonormality(c.k), "old direction in the new span", i);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Sampled rows
+
+// Row number i of the sample, by test/vectors/README.md's Philox: drawn uniformly, with replacement. 7 is Purpose::rows.
+static int64_t sampled(const Refresh& f, int64_t i) { return (int64_t)(((uint64_t)slow::draw(f.key, 7, f.key.operand, i).w[0] * (uint64_t)f.rows) >> 32); }
+
+// On the rows that were drawn all of the above holds, cold and warm; no other row is read: they are NaN.
+static void test_sample(Run& r) {
+    const Known c = known[2];
+    for (int draw = 0; draw < 3; draw++) {
+        r.at("draw %d", draw);
+        Rng rng{77};
+        Dense m = with_spectrum<acc_t>(rng, c.rows, c.cols, c.sigma), s(64, c.cols);
+        Refresh f = {c.rows, c.cols, s.rows, c.k};
+        f.key = {(uint64_t)draw << 33 | 5, 3, 0, 4, 1, Purpose::rows};
+        std::vector<bool> drawn(c.rows);
+        for (int64_t i = 0; i < s.rows; i++) drawn[sampled(f, i)] = true, std::copy(m[sampled(f, i)], m[sampled(f, i)] + c.cols, s[i]);
+        Buffer<acc_t> source(r, c.rows * c.cols, [&](int64_t i) { return drawn[i / c.cols] ? m.v[i] : NAN; }), basis(r, c.k * c.cols);
+        Svd best = r.compare ? svd(s) : Svd{{}, s};
+        Dense b = refresh(r, basis, source, f);
+        double cold = lost(s, b);
+        if (r.compare) {
+            check_basis(r, s, best, b, f);
+            r.verdict.note(cold <= expected_loss(best, f) + energy_u(f) * energy(s), "loses %g of the sample, the bound is %g", cold, expected_loss(best, f));
+        }
+        f.warm = true;
+        b = refresh(r, basis, source, f);
+        if (r.compare) check_basis(r, s, best, b, f);
+        r.verdict.note(lost(s, b) <= cold + energy_u(f) * energy(s), "warm loses %g of the sample, cold %g", lost(s, b), cold);
+    }
+}
+
+// Alignment with the full matrix's subspace. n rows drawn with replacement give a covariance whose element (i, j), in the basis of the
+// right singular vectors, errs by variance v_ij / n, v_ij = the mean over rows of (x_i x_j)^2. To first order, that is where this noise
+// is small beside the gap between eigenvalues l = sigma^2 / rows, it turns direction i <= k towards j > k by its error over l_i - l_j. So
+//     k - |B V_k|^2 = sum v_ij / (l_i - l_j)^2 / n      and the energy lost beyond the best subspace is  rows sum v_ij / (l_i - l_j) / n,
+// on average. Where it is largest, between k and k + 1, the squared angle is l_k l_k+1 / (l_k - l_k+1)^2 / n: 2% for a power law and 3000
+// rows, less for 300 rows if it steps down by 4 there. The next order is smaller by as much; and the mean of 40 draws, each a sum over
+// many pairs, is known to some percent. So 20% decides, from both sides: too few rows, or too many, would show.
+static void test_alignment(Run& r) {
+    for (bool step : {true, false}) {
+        r.at(step ? "power law with a step" : "power law");
+        const int64_t rows = 4000, cols = 48, k = 16, n = step ? 300 : 3000, draws = 40;
+        Rng rng{5};
+        Dense m = step ? with_spectrum<acc_t>(rng, rows, cols, [](int i) { return (i < 16 ? 1. : 0.25) / (1 + i); })
+                       : with_spectrum<acc_t>(rng, rows, cols, [](int i) { return 1. / (1 + i); });
+        Buffer<acc_t> source(r, rows * cols, [&](int64_t i) { return m.v[i]; });
+        Refresh f = {rows, cols, n, k};
+        Svd best = r.compare ? svd(m) : Svd{{}, Dense(cols, cols)};
+        double missing = 0, loss = 0;
+        for (int draw = 0; draw < draws; draw++) {
+            Buffer<acc_t> basis(r, k * cols);
+            f.key.seed = draw + 1, f.plan.oversample = step ? 8 : cols - k;     // what the sketch misses is not the question
+            Dense b = refresh(r, basis, source, f);
+            if (!r.compare) continue;
+            check_orthonormal(r, b, f.q());
+            missing += k / (double)draws, loss += (lost(m, b) - best.squares(k)) / draws;
+            for (int i = 0; i < k; i++)
+                for (int j = 0; j < k; j++) missing -= std::pow(dot(b[i], best.right[j], cols), 2) / draws;
+        }
+        if (!r.compare) continue;
+        Dense x = products(m, best.right);
+        double turned = 0, wasted = 0;
+        for (int i = 0; i < k; i++)
+            for (int j = k; j < cols; j++) {
+                double v = 0, gap = (best.sigma[i] * best.sigma[i] - best.sigma[j] * best.sigma[j]) / rows;
+                for (int64_t t = 0; t < rows; t++) v += x[t][i] * x[t][i] * x[t][j] * x[t][j] / rows;
+                turned += v / (gap * gap) / n, wasted += rows * v / gap / n;
+            }
+        r.verdict.close(missing / turned, 1, 0.2, "directions missing, of first order's", 0);
+        r.verdict.close(loss / wasted, 1, 0.2, "energy lost, of first order's", 0);
+        if (verbose) printf("   %s: %.3g of %ld directions missing, first order %.3g; energy %.3g, %.3g\n", r.verdict.where.c_str(), missing, (long)k, turned, loss, wasted);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// What is not finite leaves the basis as it was, bit for bit; bf16 rows give the bits of the same numbers as floats.
+template <class T> static void test_not_finite_source(Run& r) {
+    const int64_t rows = 60, cols = 48, k = 16;
+    Rng rng{9};
+    Dense m = with_spectrum<bf16>(rng, rows, cols, [](int i) { return 1. / (1 + i); });
+    for (double bad : {(double)NAN, (double)INFINITY, -(double)INFINITY})
+        for (int64_t samples : {rows, (int64_t)40})
+            for (bool warm : {false, true})
+                for (int row : {-1, 33}) {                                    // -1: in all, so that one is drawn
+                    if (row >= 0 && samples < rows) continue;
+                    r.at("%g in row %d, %ld of %ld rows, %s", bad, row, (long)samples, (long)rows, warm ? "warm" : "cold");
+                    Buffer<T> source(r, rows * cols, [&](int64_t i) { return i % cols == 7 && (row < 0 || i / cols == row) ? bad : m.v[i]; });
+                    Buffer<acc_t> basis(r, k * cols, [&](int64_t) { return rng(1); });
+                    std::vector<acc_t> before = basis.host;
+                    Refresh f = {rows, cols, samples, (int)k, {}, warm};
+                    refresh(r, basis, source, f);
+                    r.verdict.note(!memcmp(before.data(), basis.host.data(), before.size() * sizeof(acc_t)), "the basis changed");
+                }
+}
+static void test_sources(Run& r) {
+    test_not_finite_source<acc_t>(r), test_not_finite_source<bf16>(r);
+    Rng rng{9};
+    for (int64_t samples : {100, 60}) {
+        r.at("bf16 and float, %ld of 100 rows", (long)samples);
+        Dense m = with_spectrum<bf16>(rng, 100, 48, [](int i) { return 1. / (1 + i); });
+        Buffer<bf16> half(r, 100 * 48, [&](int64_t i) { return m.v[i]; });
+        Buffer<acc_t> whole(r, 100 * 48, [&](int64_t i) { return m.v[i]; }), a(r, 16 * 48), b(r, 16 * 48);
+        Refresh f = {100, 48, samples, 16};
+        refresh(r, a, half, f), refresh(r, b, whole, f);
+        r.verdict.note(!memcmp(a.host.data(), b.host.data(), a.n * sizeof(acc_t)), "not the same bits");
+    }
+}
+
+int main(int argc, char** argv) {
+    begin(argc, argv);
+    test("cold, all rows", test_cold);
+    test("warm, all rows", test_warm);
+    test("sampled rows", test_sample);
+    test("alignment of sampled rows", test_alignment);
+    test("sources", test_sources);
+    return done();
+}
