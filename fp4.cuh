@@ -321,6 +321,7 @@ struct QuantCall {
     RandomKey key, sign_key;
     float *scale, *partial;
     float* tally = nullptr;         // where to add the sums of Tally over one tile in 64; null: nowhere
+    int64_t ld = 0;                 // the row length of what quantise() writes; 0: cols
     const acc_t *low_a = nullptr, *low_b = nullptr;     // a low-rank part (rows x k)(k x cols) that is taken away first, tile by tile
     int k = 0;
 };
@@ -425,7 +426,7 @@ HD BlockScale float_scale(float amax) {
 HD void store_exact(bf16* p, float v) { p->bits = (uint16_t)(bits_of(v) >> 16); }
 template <class T> HD void store_exact(T* p, float v) { *p = v; }
 
-// to (rows x cols, in `from`'s layout) = code times block scale of every element of `from`; and, where asked, the packed form.
+// to (rows x cols, q.ld apart) = code times block scale of every element of `from`; and, where asked, the packed form.
 // Call tensor_scale() first for formats that have one.
 template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* to, const From* from, Packed packed = {}) {
     TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
@@ -440,6 +441,7 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
     float* tally = q.tally ? q.partial + t.count : nullptr;
     const acc_t *low_a = q.low_a, *low_b = q.low_b;
     int low_k = q.k;
+    int64_t to_ld = q.ld ? q.ld : q.cols;
     int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / block_length(cell.format);
     (void)outer;
     Cost cost = {(double)q.rows * q.cols * (sizeof(From) + (to ? sizeof(To) : 0) + (packed.codes ? 1 : 0)), 0};
@@ -555,9 +557,8 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             g.sync();
         }
         int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-        int64_t ld = t.cols;
-        To* corner = to + r0 * ld + c0;
-        g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * ld + c, s.v[(r << t.shift) + c]); });
+        To* corner = to + r0 * to_ld + c0;
+        g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * to_ld + c, s.v[(r << t.shift) + c]); });
     });
     if (q.tally) {
         float* totals = q.tally;

@@ -591,8 +591,12 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     Type act = type_of<act_t>(), acc = type_of<acc_t>();
     auto widen = [&](const Recipe& r, int64_t rows, int64_t in, int64_t out, Type d) {
         const Operand* c = r.cell;
-        a = std::max({a, operand_bytes(c[fprop_x], act, rows * in), operand_bytes(c[dgrad_d], d, rows * out), operand_bytes(c[wgrad_d], d, rows * out)});
-        b = std::max({b, operand_bytes(c[fprop_w], acc, in * out), operand_bytes(c[dgrad_w], acc, in * out), operand_bytes(c[wgrad_x], act, rows * in)});
+        auto bytes = [&](Which which, Type source, int64_t outer, int64_t contracted) {
+            int64_t thin = thin_columns(r, which, m.k), elements = outer * (contracted + thin);
+            return thin ? elements * size_of(operand_type(c[which].format)) : operand_bytes(c[which], source, elements);
+        };
+        a = std::max({a, bytes(fprop_x, act, rows, in), bytes(dgrad_d, d, rows, out), bytes(wgrad_d, d, out, rows)});
+        b = std::max({b, bytes(fprop_w, acc, out, in), bytes(dgrad_w, acc, in, out), bytes(wgrad_x, act, in, rows)});
         for (int i = 0; i < operand_count; i++)
             if (is_quantised(c[i].format))
                 partials = std::max({partials, quantise_partials(c[i], rows, in), quantise_partials(c[i], rows, out), quantise_partials(c[i], out, in)});
@@ -614,7 +618,7 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
             s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);
             s.a = scratch.take<char>(tall * k * size), s.b = scratch.take<char>(wide * k * size);
             s.low_a = scratch.take<acc_t>(tall * k), s.low_b = scratch.take<acc_t>(wide * k), s.cross = scratch.take<acc_t>(tall * k);
-            s.thin = scratch.take<char>(tall * 2 * k * size), s.scales = scratch.take<float>(4);
+            s.scales = scratch.take<float>(4);
         }
         m.operands.inner = scratch.take<acc_t>(k * k);
         int64_t samples = sampled_rows(p.recipe.split, (int)k, N);

@@ -39,20 +39,10 @@ struct Mat {
     const float* scale = nullptr;
     Mat transposed() const { return {data, type, ld, !trans, scale}; }
 };
-// A second, thin product that is added to the first one's result: A (m x k) B (k x n).
-struct Thin {
-    Mat a = {}, b = {};
-    int64_t k = 0;
-};
 template <class T> Mat mat(const T* data, int64_t ld) { return {data, type_of<T>(), ld, false}; }
 
 // m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0, scaled
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool, bool> MatmulKey;
-
-// The key of the thin product that follows the product of `key`.
-inline MatmulKey thin_key(const MatmulKey& key, const Thin& t) {
-    return MatmulKey(std::get<0>(key), std::get<1>(key), t.k, t.a.ld, t.b.ld, std::get<5>(key), t.a.trans, t.b.trans, t.a.type, t.b.type, std::get<10>(key), true, false);
-}
 
 #ifdef __CUDACC__
 // ------------------------------------------------------------------------------------------------------------------- the GPU
@@ -125,7 +115,7 @@ struct MatmulPlans {
 };
 
 struct matmul_alpha;
-inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key, const Thin& thin) {
+inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
     const MatmulPlans::Plan& p = ctx.plans->plan(key);
     float one = 1, beta_value = std::get<11>(key) ? 1 : 0;
     const float *alpha = &one, *beta = &beta_value;
@@ -139,7 +129,6 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
     }
     CUBLAS(cublasLtMatmul(ctx.plans->handle, p.desc, alpha, b.data, p.a, a.data, p.b, beta, c, p.c, c, p.c, &p.algo,
                           ctx.plans->workspace, MatmulPlans::workspace_bytes, ctx.stream));
-    if (thin.k) matmul_run(ctx, c, thin.a, thin.b, thin_key(key, thin), {});
 }
 #else
 // ------------------------------------------------------------------------------------------------------------------- the CPU
@@ -268,7 +257,7 @@ template <class T> void scale_tile(T* c, int64_t ld, const T* t, int64_t rows, i
     }
 }
 
-inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key, const Thin& thin) {
+inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
     auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
     const int64_t depth = ta ? tile_depth : k;
     const int64_t rows = (m + tile_rows - 1) / tile_rows, cols = (n + tile_cols - 1) / tile_cols, chunks = (k + depth - 1) / depth;
@@ -291,14 +280,6 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
     const int64_t col_b = (tb ? ldb : 1) * tile_cols * size_b, deep_b = (tb ? 1 : ldb) * depth * size_b;
     const char *pa = (const char*)a.data, *pb = (const char*)b.data;
     const bool beside = scaled, adding = add;
-    const MatmulPlans::Plan* thin_plans[2][2] = {};       // [last row of tiles?][last column?]
-    for (int i = 0; i < 4 && thin.k; i++) {
-        MatmulKey tile = thin_key(key, thin);
-        std::get<0>(tile) = i & 2 ? m - (rows - 1) * tile_rows : tile_rows;
-        std::get<1>(tile) = i & 1 ? n - (cols - 1) * tile_cols : tile_cols;
-        if ((i & 2 || rows > 1) && (i & 1 || cols > 1)) thin_plans[i / 2][i % 2] = &ctx.plans->plan(tile);
-    }
-    const int64_t thin_a = (thin.a.trans ? 1 : thin.a.ld) * tile_rows * size_of(thin.a.type), thin_b = (thin.b.trans ? thin.b.ld : 1) * tile_cols * size_of(thin.b.type);
     #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
     for (int64_t t = 0; t < rows * cols; t++) {
         int64_t i = t / cols, j = t % cols;
@@ -308,16 +289,13 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
             ctx.plans->run(ctx, *plans[i == rows - 1][j == cols - 1][p == chunks - 1][p > 0 || first_adds], to,
                            pa + i * row_a + p * deep_a, pb + j * col_b + p * deep_b);
         if (beside) scale_tile((acc_t*)pc, ld, (const acc_t*)to, std::min(tile_rows, height - i * tile_rows), std::min(tile_cols, width - j * tile_cols), alpha, adding);
-        if (thin.k) ctx.plans->run(ctx, *thin_plans[i == rows - 1][j == cols - 1], pc, (const char*)thin.a.data + i * thin_a, (const char*)thin.b.data + j * thin_b);
     }
 }
 #endif
 
-// C (m x n) = alpha A (m x k) B (k x n) + beta C, alpha the product of the operands' scales, beta 0 or 1; plus a thin product without
-// scales, if there is one, while C's tile is in cache. `name` is the profiler's. C never overlaps A or B.
-template <class T> void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta,
-                               const Thin& thin = {}) {
+// C (m x n) = alpha A (m x k) B (k x n) + beta C, alpha the product of the operands' scales, beta 0 or 1. `name` is the profiler's. C never overlaps A or B.
+template <class T> void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta) {
     double bytes = double(m) * k * size_of(a.type) + double(k) * n * size_of(b.type) + double(m) * n * sizeof(T) * (1 + beta);
-    Launch launch(ctx, name, {bytes, 2.0 * m * n * (k + thin.k)});
-    matmul_run(ctx, c, a, b, MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, type_of<T>(), beta != 0, a.scale || b.scale), thin);
+    Launch launch(ctx, name, {bytes, 2.0 * m * n * k});
+    matmul_run(ctx, c, a, b, MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, type_of<T>(), beta != 0, a.scale || b.scale));
 }

@@ -22,7 +22,7 @@
 //
 //     P^ Q^^T = R_p R_q^T  +  O_p (L_p C_p^T Q^^T)  +  (R_p C_q L_q) O_q^T
 //
-// one FP4 GEMM of residuals and two thin products, done as one with 2k inner columns: product() below.
+// one FP4 GEMM of residuals and two thin products, emulated as one GEMM with 2k more inner columns: product() below.
 #pragma once
 #include "fp4.cuh"      // Operand, quantise
 #include "subspace.cuh" // refresh_basis, SplitPlan; matmul, Mat, Type
@@ -276,11 +276,10 @@ struct SideScratch {
     void *a, *b;                           // Q(A), Q(B)
     acc_t *low_a, *low_b;                  // Q(A) L and Q(B) as the residual is taken against: (rows x k), (k x cols)
     acc_t* cross;                          // R C of the other side's C (outer x k)
-    void* thin;                            // this side's factor of the thin product (outer x 2k)
     float* scales;                         // S_enc, S_dec of A, of B
 };
 
-// Buffers for the operands of one GEMM, and the quantiser's scratch; null where no recipe in use needs them.
+// Buffers for the operands of one GEMM (with room for thin_columns), and the quantiser's scratch; null where no recipe in use needs them.
 struct OperandScratch {
     void *a = nullptr, *b = nullptr;
     float *scales = nullptr, *partial = nullptr;           // S_enc and S_dec of a and of b; the quantiser's partial results
@@ -304,9 +303,12 @@ inline size_t operand_bytes(Operand cell, Type source, int64_t elements) {
     return as_is ? 0 : elements * size_of(operand_type(cell.format));
 }
 
+// How many more inner columns the GEMM of operand `which` has for thin products: k for each of its two operands that is split.
+inline int64_t thin_columns(const Recipe& r, Which which, int k) { return k * (r.cell[which].split + r.cell[which ^ 1].split); }
+
 struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;
 
-template <class To, class From> void convert(Ctx& ctx, To* to, const From* from, int64_t rows, int64_t cols, bool round_bf16) {
+template <class To, class From> void convert(Ctx& ctx, To* to, int64_t ld, const From* from, int64_t rows, int64_t cols, bool round_bf16) {
     Cost cost = {double(rows) * cols * (sizeof(To) + sizeof(From)), 0};
     int n = (int)cols;
     for_rows<prepare_operand>(ctx, cost, rows, KERNEL(Group<32> g, int64_t r) {
@@ -314,13 +316,14 @@ template <class To, class From> void convert(Ctx& ctx, To* to, const From* from,
             bf16 b;
             if (round_bf16) store(&b, (float)v), o = load(&b);
             else o = v;
-        }, out(to + r * n), from + r * n);
+        }, out(to + r * ld), from + r * n);
     });
 }
 inline void convert(Ctx& ctx, const Mat& to, const Mat& from, int64_t rows, int64_t cols, bool round_bf16) {
-    if (from.type == Type::bf16) convert(ctx, (acc_t*)to.data, (const bf16*)from.data, rows, cols, round_bf16);
-    else if (to.type == Type::bf16) convert(ctx, (bf16*)to.data, (const acc_t*)from.data, rows, cols, round_bf16);
-    else convert(ctx, (acc_t*)to.data, (const acc_t*)from.data, rows, cols, round_bf16);
+    if (from.type == Type::bf16 && to.type == Type::bf16) convert(ctx, (bf16*)to.data, to.ld, (const bf16*)from.data, rows, cols, false);
+    else if (from.type == Type::bf16) convert(ctx, (acc_t*)to.data, to.ld, (const bf16*)from.data, rows, cols, round_bf16);
+    else if (to.type == Type::bf16) convert(ctx, (bf16*)to.data, to.ld, (const acc_t*)from.data, rows, cols, round_bf16);
+    else convert(ctx, (acc_t*)to.data, to.ld, (const acc_t*)from.data, rows, cols, round_bf16);
 }
 
 template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
@@ -434,10 +437,11 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
 inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols) {
     Operand cell = lin.recipe->cell[which];
     bool second = which & 1;
+    int64_t thin = thin_columns(*lin.recipe, which, lin.splits.k);
     Prepared p;
     p.r = source;
-    if (operand_bytes(cell, source.type, 1) != 0) {
-        p.r = {second ? s.b : s.a, operand_type(cell.format), cols};
+    if (thin || operand_bytes(cell, source.type, 1) != 0) {
+        p.r = {second ? s.b : s.a, operand_type(cell.format), axis == Axis::row ? cols + thin : cols};
         if (!is_quantised(cell.format)) convert(ctx, p.r, source, rows, cols, cell.format == Format::bf16);
         else {
             if (s.nearest) cell.rounding = Rounding::nearest, cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;
@@ -449,6 +453,7 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
             bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
             QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
             if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
+            call.ld = p.r.ld;
             quantise_operand(ctx, call, scaled, p.r, source);
             if (has_tensor_scale(cell.format)) p.r.scale = call.scale + 1;
         }
@@ -461,49 +466,52 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
     return p;
 }
 
-// One side's factor of the thin product, (outer x columns): [own O | cross L_other S_other] for the first operand of the GEMM,
-// [L_other S_other (cross + O L S inner) | own O] for the second; a half is there only if its operand is split.
-template <class To> void thin_factor(Ctx& ctx, To* to, const acc_t* cross, const Prepared& own, const Prepared& other, const acc_t* inner, bool second, int64_t outer, int k) {
+// One side's factor of the thin product, behind its residual's inner columns. Column j of `width` is, for the first operand of the GEMM
+// [own O | cross L_other S_other], for the second [L_other S_other (cross + O L S inner) | own O]; a half is there only if its operand is
+// split. The GEMM multiplies everything by both residuals' scales, so the halves that are no codes are divided by them.
+template <class To> void thin_factor(Ctx& ctx, const acc_t* cross, const Prepared& own, const Prepared& other, const acc_t* inner, bool second, int64_t outer,
+                                     int64_t contracted, int k) {
+    int64_t row = own.r.trans ? 1 : own.r.ld, col = own.r.trans ? own.r.ld : 1;
+    To* to = (To*)own.r.data + contracted * col;
     const void* o = own.o.data;
     int64_t o_row = own.o.trans ? 1 : own.o.ld, o_col = own.o.trans ? own.o.ld : 1;
-    const float *own_scale = own.o.scale, *other_scale = other.o.scale;
+    const float *own_scale = own.o.scale, *other_scale = other.o.scale, *all_own = own.r.scale, *all_other = other.r.scale;
     const acc_t *own_l = own.l, *other_l = other.l;
     bool has_own = own.split, has_other = other.split, both = has_own && has_other;
-    int width = both ? 2 * k : k, own_at = second && both ? k : 0, other_at = !second && both ? k : 0;
-    for_rows<split_thin>(ctx, {(double)outer * width * sizeof(To) * 2, 0}, outer, KERNEL(Group<32> g, int64_t r) {
+    int own_at = second && both ? k : 0, other_at = !second && both ? k : 0;
+    for_rows<split_thin>(ctx, {(double)outer * (both ? 2 : 1) * k * sizeof(To) * 2, 0}, outer, KERNEL(Group<32> g, int64_t r) {
         auto code = [=](int i) { return (acc_t)load((const To*)o + r * o_row + i * o_col); };
-        if (has_own) g.each(k, [=](int i) { store(to + r * width + own_at + i, (float)code(i)); });
+        if (has_own) g.each(k, [=](int i) { store(to + r * row + (own_at + i) * col, (float)code(i)); });
         if (!has_other) return;
         acc_t scale = other_scale ? (acc_t)*other_scale : 1, mine = own_scale ? (acc_t)*own_scale : 1;
+        acc_t first = all_own ? (acc_t)*all_own : 1, next = all_other ? (acc_t)*all_other : 1;
         g.each(k, [=](int j) {
             acc_t v = cross[r * k + j];
             if (second && both)
                 for (int i = 0; i < k; i++) v += code(i) * (mine * own_l[i]) * inner[j * k + i];
-            store(to + r * width + other_at + j, (float)(v * (other_l[j] * scale)));
+            store(to + r * row + (other_at + j) * col, (float)(v * (other_l[j] * scale) / first / next));
         });
     });
 }
 
-// Y (m x n) = P (m x contracted) Q^T, plus beta Y.
+// Y (m x n) = P (m x contracted) Q^T, plus beta Y. Thin products are 2k more inner columns of the same GEMM.
 template <class T> void product(Ctx& ctx, const OperandScratch& s, const std::string& name, T* y, int64_t ld, const Prepared& p, const Prepared& q, int64_t m,
                                 int64_t n, int64_t contracted, int beta, int k) {
-    Thin thin;
-    if (p.split || q.split) {
+    int64_t thin = (p.split + q.split) * (int64_t)k;
+    if (thin) {
         const SideScratch &sp = s.side[0], &sq = s.side[1];
         if (q.split) matmul(ctx, "split R C", sp.cross, k, p.r, q.c.transposed(), m, k, contracted, 0);
         if (p.split) matmul(ctx, "split R C", sq.cross, k, q.r, p.c.transposed(), n, k, contracted, 0);
         if (p.split && q.split) matmul(ctx, "split C C", s.inner, k, p.c, q.c.transposed(), k, k, contracted, 0);
-        thin.k = p.split && q.split ? 2 * k : k;
         auto make = [&](auto type) {
             typedef decltype(type) To;
-            thin_factor(ctx, (To*)sp.thin, sp.cross, p, q, s.inner, false, m, k);
-            thin_factor(ctx, (To*)sq.thin, sq.cross, q, p, s.inner, true, n, k);
-            thin.a = mat((const To*)sp.thin, thin.k), thin.b = mat((const To*)sq.thin, thin.k).transposed();
+            thin_factor<To>(ctx, sp.cross, p, q, s.inner, false, m, contracted, k);
+            thin_factor<To>(ctx, sq.cross, q, p, s.inner, true, n, contracted, k);
         };
         if (p.r.type == Type::bf16) make(bf16());
         else make(acc_t());
     }
-    matmul(ctx, name.c_str(), y, ld, p.r, q.r.transposed(), m, n, contracted, beta, thin);
+    matmul(ctx, name.c_str(), y, ld, p.r, q.r.transposed(), m, n, contracted + thin, beta);
 }
 
 // Y (rows x out) = X (rows x in) W^T.
