@@ -86,8 +86,7 @@ MUTATIONS = [
      "bool same = once == again && "),
     ("D rounded stochastically serves twice", "metis.cuh", " && once.rounding == Rounding::nearest;", ";"),
     ("D serves wgrad whatever its cell", "metis.cuh", "bool same = once == again && ", "bool same = once.format == again.format && "),
-    ("tensor scales taken over in spite of a Hadamard", "metis.cuh", "!a.hadamard && !b.hadamard && a.split == b.split",
-     "a.split == b.split"),
+    ("tensor scales taken over in spite of a Hadamard", "metis.cuh", "!a.hadamard && !b.hadamard && alike", "alike"),
     ("tensor scales taken over between rules", "metis.cuh", " && scale_rule(a).full == scale_rule(b).full;", ";"),
     ("dW is overwritten", "metis.cuh", "product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 1,",
      "product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 0,"),
@@ -98,6 +97,49 @@ MUTATIONS = [
     # refusals
     ("a Hadamard on one side only is allowed", "metis.cuh", "if (c.hadamard != other.hadamard || ", "if ("),
     ("MX scales on nvfp4 are allowed", "metis.cuh", "if (c.format == Format::nvfp4 && c.scale >= Scale::floor)", "if (false)"),
+]
+
+# the same for bases and split operands, by tests of their own
+SPLIT_TESTS = ("test_subspace", "test_metis")
+SPLIT_MUTATIONS = [
+    # bases
+    ("basis: rows orthonormalised once", "subspace.cuh", "pass < 3; pass++", "pass < 1; pass++"),
+    ("basis: what stands in for dependent rows is signs", "subspace.cuh", "acc_t((int32_t)h) * acc_t(4.6566129e-10)", "(h >> 31 ? acc_t(1) : acc_t(-1))"),
+    ("basis: no power iterations", "subspace.cuh", "int powers = warm ? plan.warm : plan.cold;", "int powers = 0;"),
+    ("basis: rows' side not orthonormalised between", "subspace.cuh", "if (n >= q) orthonormalise(ctx, s.y, q, n, s, key.step);", ";"),
+    ("basis: smallest directions first", "subspace.cuh", "h[j * q + j] > h[i * q + i] ||", "h[j * q + j] < h[i * q + i] ||"),
+    ("basis: directions not sorted", "subspace.cuh", "v + (int64_t)state[i] * q;", "v + (int64_t)i * q;"),
+    ("basis: Jacobi stops early", "subspace.cuh", "off > 1e-18 * trace * trace", "off > 1e-3 * trace * trace"),
+    ("basis: warm starts forget", "subspace.cuh", "int kept = warm ? k : 0;", "int kept = 0;"),
+    ("basis: the first rows are the sample", "subspace.cuh", "int64_t row = all ? r :", "int64_t row = true ? r :"),
+    ("basis: the sample is of half the rows", "subspace.cuh", "* (uint64_t)rows) >> 32", "* (uint64_t)(rows / 2)) >> 32"),
+    ("basis: made of what is not finite", "subspace.cuh", "        state[q] = finite;", "        state[q] = 1;"),
+    # when
+    ("refresh: at every micro-batch", "metis.cuh", "(ctx.micro == 0 && (ctx.step", "((ctx.step"),
+    ("refresh: all layers at once", "metis.cuh", "(ctx.step + lin.id) % plan.refresh", "ctx.step % plan.refresh"),
+    ("refresh: W sampled", "metis.cuh", "matrix_of[which] == matrix_w ? rows : sampled_rows", "sampled_rows"),
+    ("refresh: always cold", "metis.cuh", "ctx.step > 0 && !plan.restart", "false"),
+    ("refresh: in recomputation", "metis.cuh", "if (s.refresh && due)", "if (due)"),
+    # the operands
+    ("split: L of the first 256 rows", "metis.cuh", "for (int64_t i = 0; i < chunks; i++) sum += partial", "for (int64_t i = 0; i < 1; i++) sum += partial"),
+    ("split: A not of unit length", "metis.cuh", "t[r * k + j] / l[j] : l[j];", "t[r * k + j] : l[j];"),
+    ("split: L squared", "metis.cuh", "l[j] = std::sqrt(sum);", "l[j] = sum;"),
+    ("split: A in blocks along its rows", "metis.cuh", "a.cols = k, a.key.operand", "a.axis = Axis::row, a.cols = k, a.key.operand"),
+    ("split: B in blocks along its rows", "metis.cuh", "b.rows = k, b.key.operand", "b.axis = Axis::row, b.rows = k, b.key.operand"),
+    ("split: factors never stochastic", "metis.cuh", "cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest", "Rounding::nearest"),
+    ("split: evaluation rounds factors stochastically", "metis.cuh", "cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;", ";"),
+    ("split: B's scale not in the residual", "metis.cuh", "acc_t scale = (sa ? *sa : 1.f) * (sb ? *sb : 1.f);", "acc_t scale = (sa ? *sa : 1.f);"),
+    ("split: residual against the unrounded basis", "metis.cuh", "low_b[r * cols + j] = half ?", "low_b[r * cols + j] = true ? basis[r * cols + j] : half ?"),
+    ("split: residual=exact does nothing", "metis.cuh", "if (cell.residual == Residual::exact) call.low_a = t, call.low_b = basis;", "if (false) ;"),
+    ("split: the second operand of a matrix is never its first", "metis.cuh",
+     "bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;", "bool first = made_before[which] == operand_count;"),
+    ("split: tensor scales taken over whatever the factors", "metis.cuh", "(!a.split || (a.factors == b.factors && a.residual == b.residual));", "true;"),
+    ("split: tensor scales never taken over", "metis.cuh", "bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);", "bool scaled = false;"),
+    # the product
+    ("product: no term of both low-rank parts", "metis.cuh", "v += code(i) * (mine * own_l[i]) * inner[j * k + i];", ";"),
+    ("product: inner transposed", "metis.cuh", "inner[j * k + i]", "inner[i * k + j]"),
+    ("product: without the other's scale", "metis.cuh", "(float)(v * (other_l[j] * scale))", "(float)(v * other_l[j])"),
+    ("product: halves of a thin factor exchanged", "metis.cuh", "own_at = second && both ? k : 0, other_at = !second && both ? k : 0", "own_at = both ? k : 0, other_at = 0"),
 ]
 
 
@@ -132,6 +174,12 @@ def copy():
     return tree
 
 
+def tests_of(mutation):
+    """In the order in which they are likely to see it."""
+    tests = SPLIT_TESTS if mutation in SPLIT_MUTATIONS else TESTS
+    return tests[::-1] if mutation[1] in ("metis.cuh", "matmul.cuh") else tests
+
+
 def mutate(mutation):
     """-> (caught, line)"""
     name, file, old, new = mutation
@@ -142,7 +190,7 @@ def mutate(mutation):
         if source.count(old) != 1:
             return False, f"MISSED {name}: its line is in {file} {source.count(old)} times"
         open(path, "w").write(source.replace(old, new))
-        red = first_red(tree, TESTS[::-1] if file in ("metis.cuh", "matmul.cuh") else TESTS)
+        red = first_red(tree, tests_of(mutation))
         if red is None:
             return False, f"MISSED {name}: does not compile"
         return bool(red), f"caught {name} | {red}" if red else f"MISSED {name}"
@@ -158,13 +206,14 @@ def main():
         sys.exit(__doc__)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     tree = copy()
-    red = first_red(tree, TESTS)
+    chosen = [m for m in MUTATIONS + SPLIT_MUTATIONS if not words or any(word in m[0] for word in words)]
+    red = first_red(tree, sorted({test for m in chosen for test in tests_of(m)}))
     shutil.rmtree(tree)
     if red != "":
         sys.exit(f"the tests are not green without a mutation: {red or 'they do not compile'}")
     caught = missed = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for ok, line in pool.map(mutate, [m for m in MUTATIONS if not words or any(word in m[0] for word in words)]):
+        for ok, line in pool.map(mutate, chosen):
             caught, missed = caught + ok, missed + (not ok)
             print(line, flush=True)
     print(f"{caught} caught, {missed} missed")
