@@ -105,14 +105,15 @@ def resume():
         run({"--resume": "killed", "--threads": 3, "--recompute": "block"})
         run({**METIS, "--steps": 56, "--out": "unbroken"})
         same("killed", "unbroken")
-    for name, changes in (("rank 32, refreshed every third step", "split.rank=50,split.refresh=3"), ("without the split of X in fprop", "fprop_x.split=no")):
+    for name, options in (("rank 32, refreshed every third step", {"--set": "split.rank=50,split.refresh=3"}), ("without the split of X in fprop", {"--set": "fprop_x.split=no"}),
+                          ("the second half with fprop in bf16: other operands are the first of X and W", {"--bf16-end": 0.5})):
         with case(f"resumed: {name}"):
-            out = "set_" + re.sub(r"\W", "_", changes)
-            run({**METIS, "--set": changes, "--steps": 7, "--out": out})
+            out = "set_" + re.sub(r"\W", "_", "".join(str(v) for v in options.values()))
+            run({**METIS, **options, "--steps": 7, "--out": out})
             shutil.copytree(out, out + "_unbroken")
-            run({"--resume": f"{out}/step_00000005", "--threads": 2})
+            run({"--resume": f"{out}/step_00000005", "--threads": 2, "--recompute": "block"})
             same(out, out + "_unbroken")
-            assert [row["loss"] for row in step_rows(out)] != [row["loss"] for row in step_rows(whole())][:7], "--set changed nothing"
+            assert [row["loss"] for row in step_rows(out)] != [row["loss"] for row in step_rows(whole())][:7], "the options changed nothing"
     with case("--eval-only of a checkpoint: the value that training logged, whatever the threads"):
         logged = [row["val_loss"] for row in log_rows(whole()) if "val_loss" in row][-1]
         with untouched(whole()):
