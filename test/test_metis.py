@@ -22,7 +22,8 @@ from test_cli import case, checkpoints, content, floats, log_rows, printed_losse
 
 # 4 x 32 tokens, of which 96 are sampled; matrices 64 to 256 wide, rank 16. Of 12 steps every layer refreshes in the first and at
 # least one more: o in the sixth, qkv in the seventh, down in the third and the eleventh, gate_up in the fourth and the twelfth.
-METIS = {**cli.MICRO, "--layers": 1, "--recipe": "metis", "--steps": 12, "--eval-every": 0, "--eval-batches": 1, "--stats-every": 0, "--save-every": 5}
+METIS = {**cli.MICRO, "--layers": 1, "--recipe": "metis", "--steps": 12, "--eval-every": 0, "--eval-batches": 1, "--stats-every": 0, "--save-every": 5,
+         "--threads": 1}
 ALONE = {**METIS, "--save-every": None}                # for runs that leave nothing behind
 
 
@@ -40,7 +41,7 @@ def bases_of(options, name):
 def whole():
     """An unbroken run with checkpoints at 5, 10 and 12, which nobody may change."""
     if not os.path.exists("whole"):
-        run({**METIS, "--threads": 1, "--keep": 9, "--out": "whole"})
+        run({**METIS, "--keep": 9, "--out": "whole"})
         assert checkpoints("whole") == [f"step_{s:08}" for s in (5, 10, 12)], checkpoints("whole")
     return "whole"
 
@@ -77,7 +78,7 @@ def same_bits():
 
 def accumulation():
     base = {**METIS, "--accum": 2, "--steps": 10, "--save-every": 3}
-    run({**base, "--threads": 1, "--out": "accum"})
+    run({**base, "--out": "accum"})
     with case("--accum 2: 2 threads, --recompute block, the same bits; resumed at step 3, too"):
         run({**base, "--threads": 2, "--recompute": "block", "--keep": 9, "--out": "accum_block"})
         same("accum_block", "accum")
@@ -102,7 +103,7 @@ def resume():
         p = start({**METIS, "--steps": 56, "--out": "killed"}, 8)         # more steps than fit into its pipe
         p.kill()
         assert finish(p).status == -signal.SIGKILL
-        run({"--resume": "killed", "--threads": 3, "--recompute": "block"})
+        run({"--resume": "killed", "--threads": 2, "--recompute": "block"})
         run({**METIS, "--steps": 56, "--out": "unbroken"})
         same("killed", "unbroken")
     for name, options in (("rank 32, refreshed every third step", {"--set": "split.rank=50,split.refresh=3"}), ("without the split of X in fprop", {"--set": "fprop_x.split=no"}),
