@@ -773,9 +773,12 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
         const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
         acc_t eps = (acc_t)c.norm_eps;
         if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps);
-        m.operands.refresh = false;                                           // what forward did is done again, not anew
-        if (m.recompute == Recompute::block) block_forward(ctx, m, l, shape);
-        m.operands.refresh = m.training;
+        if (m.recompute == Recompute::block) {                                // done again, not anew: bases stay, nothing is counted twice
+            float* tally = m.operands.tally;
+            m.operands.refresh = false, m.operands.tally = nullptr;
+            block_forward(ctx, m, l, shape);
+            m.operands.refresh = m.training, m.operands.tally = tally;
+        }
         if (m.recompute == Recompute::norms) {
             residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
             swiglu(ctx, a.s, a.gu, N, c.ffn);

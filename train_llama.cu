@@ -336,6 +336,7 @@ static Precision resolve_precision(Options& o) {
     p.end = o.bf16_end;
     p.eval_own = !o.eval_recipe.empty();
     p.eval = p.eval_own ? *find_recipe(o.eval_recipe) : p.recipe;
+    if (is_split(p.eval) && !is_split(p.recipe)) fail("--eval-recipe %s needs bases, which a run by --recipe %s does not keep", o.eval_recipe.c_str(), o.recipe.c_str());
     if (o.bf16_last < 0) o.bf16_last = (int)std::lround(p.recipe.last_share * o.layers);
     p.first = o.bf16_first, p.last = o.bf16_last;
     for (size_t at = 0, comma; at < o.bf16_layers.size(); at = comma + 1) {
@@ -1054,6 +1055,8 @@ int main(int argc, char** argv) {
     Recompute recompute = o.recompute == "block" ? Recompute::block : o.recompute == "norms" ? Recompute::norms : Recompute::none;
     Precision precision = resolve_precision(o);
     check_shapes(o, precision, config);
+    if ((o.eval_only || o.sample_only) && !resuming && is_split(precision.eval))
+        fail("recipe %s needs bases, which only the checkpoint of a run by it has: give --resume DIR, or another --recipe", precision.eval.name.c_str());
     measure(run.model, config, o.batch, o.seq, recompute, precision, training, o.shadow_every > 0);
     double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 12.0 * parameter_count(run.model.tensors);
     if (o.dry_run) {

@@ -98,6 +98,7 @@ def cells():
     refuse("a Hadamard of 64 on 160 wide", {"--recipe": "nvfp4", "--set": "fprop.hadamard=64"}, "multiple of 64, and --ffn is 160")
     refuse("a split wider than the model", {"--recipe": "metis", "--set": "split.rank=101"}, "between|wide")
     refuse("an unknown --eval-recipe", {"--eval-recipe": "fp3"}, "--list-recipes")
+    refuse("an --eval-recipe with bases that the run lacks", {"--recipe": "nvfp4", "--eval-recipe": "metis"}, "needs bases")
     refuse("an unknown layer class", {"--recipe": "nvfp4", "--bf16-layers": "qkv,up"}, "qkv, o, gate_up, down")
     refuse("--bf16-end-gemms alone", {"--recipe": "nvfp4", "--bf16-end-gemms": "all"}, "--bf16-end")
     refuse("--bf16-end-gemms of no kind", {"--recipe": "nvfp4", "--bf16-end": "0.5", "--bf16-end-gemms": "wgrad"}, "fprop, all")
@@ -158,6 +159,14 @@ def log():
                     # Nearest E2M1 under a block scale: half a step of 1/6 or so of the block's largest; Gaussian data give 0.095.
                     assert 0.01 < float(value["error"]) < 0.25, (operand, value)
                     assert 0 <= float(value["zero"]) < 0.6 and 0 <= float(value["saturated"]) < 0.1, (operand, value)
+    with case("--eval-only by a split recipe needs a run's bases"):
+        run({**BASE, "--recipe": "bf16", "--out": "plain"})
+        err = run({"--model": "plain/step_00000004", "--data": "text.txt", "--seq": 32, "--recipe": "metis", "--eval-only": True}, status=2).err
+        assert "needs bases" in err, err
+    with case("quant rows do not depend on --recompute"):
+        for how in ("none", "block"):
+            run({**BASE, "--recipe": "nvfp4", "--stats-every": 1, "--recompute": how, "--out": f"again_{how}"})
+        assert log_rows("again_none") == log_rows("again_block")
     with case("plot.py's and the log's first line know the recipe and the changes"):
         run({**BASE, "--recipe": "nvfp4", "--set": "d.rounding=stochastic", "--out": "first"})
         with open("first/log.jsonl") as f:
