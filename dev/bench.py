@@ -70,7 +70,7 @@ def main():
     planned = float(re.search(r"total\s+([\d.]+) GB", plan)[1]) * 1e9
     print(f"  anonymous memory      {memory * 1e-9:.3f} GB, --dry-run says {planned * 1e-9:.3f} GB: ratio {memory / planned:.2f}")
 
-    recipes = ["float", "bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "four-over-six"]
+    recipes = ["float", "bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "four-over-six", "metis"]
     for env, title in ({}, ""), ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ", bf16 units hidden (ONEDNN_MAX_CPU_ISA=AVX512_CORE)"):
         times = {r: [] for r in recipes}
         for _ in range(max(1, o.rounds * 3 // 5)):
