@@ -153,7 +153,7 @@ def refuses():
             ("a rank beyond --ffn", {"--ffn": 48, "--set": "split.rank=100"}, "rank 64 .*--ffn is 48"),
             ("a rank beyond a narrow model", {"--dim": 8, "--heads": 2, "--ffn": 64}, "rank 16 .*--dim is 8"),
             ("a rank given outright", {"--set": "split.k=100"}, "rank 112 .*--dim is 64"),
-            ("a rank of evaluation's recipe alone", {"--recipe": "bf16", "--eval-recipe": "metis", "--dim": 8, "--heads": 2}, "rank 16 .*--dim is 8"),
+            ("a split in evaluation alone", {"--recipe": "bf16", "--eval-recipe": "metis", "--dim": 8, "--heads": 2}, "needs bases"),
             ("split numbers out of range", {"--set": "split.sample=0"}, "between"), ("another --set on resuming", {"--resume": whole(), "--set": "x.split=no"}, "contradicts")):
         with case(f"refuses {name}"):
             err = run(options if "--resume" in options else {**ALONE, **options}, status=2).err
