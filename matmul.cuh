@@ -9,7 +9,7 @@
 //
 // CPU. The result is cut into tiles of 256 x 512, each computed by one thread by a single-threaded library call: no thread
 // count can change the order of an addition, hence not a bit. oneDNN multiplies bf16 operands into float on the CPU's own bf16
-// units (AVX512-BF16, AMX); without such units bf16-valued operands are stored as float and multiplied as float.
+// units where these are faster (AMX; AVX512-BF16 on AMD); elsewhere bf16-valued operands are stored and multiplied as float.
 // GPU. cuBLASLt; a plan is the heuristic's first answer, cached by shape, so that two runs use the same kernels.
 #pragma once
 #include "device.cuh"   // Ctx, Launch
@@ -177,7 +177,18 @@ struct MatmulPlans {
     dnnl::engine engine{dnnl::engine::kind::cpu, 0};
     dnnl::stream stream{engine};
     static const char* library() { return "oneDNN"; }
-    static bool bf16_units() { return dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_bf16; }
+    // Whether bf16 operands pay: where AMX is, and where AVX512-BF16 is on AMD. Intel's VDPBF16PS runs on one port where float's FMA
+    // runs on two: no faster on paper, half as fast by measurement (dev/LOG.md). METIS_BF16_UNITS=0|1 decides otherwise, for tests.
+    static bool bf16_units() {
+        static const bool pay = [] {
+            auto isa = (unsigned)dnnl::get_effective_cpu_isa();              // sets of bits, not an order: AVX2-VNNI is a large number
+            auto has = [=](dnnl::cpu_isa want) { return (isa & (unsigned)want) == (unsigned)want; };
+            const char* choice = getenv("METIS_BF16_UNITS");
+            if (!has(dnnl::cpu_isa::avx512_core_bf16)) return false;         // oneDNN would refuse, or convert
+            return choice ? *choice == '1' : has(dnnl::cpu_isa::avx512_core_amx) || __builtin_cpu_is("amd");
+        }();
+        return pay;
+    }
 #else
     static const char* library() { return "plain loops"; }
     static bool bf16_units() { return false; }

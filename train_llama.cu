@@ -846,7 +846,7 @@ static void report_precision(const Run& run) {
         const Operand &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
         bool quantised = is_quantised(a.format) || is_quantised(b.format);
         printf("         | %s: %s %s, %s %s; %s\n", gemms[g], g ? "D" : "X", cell_text(a).c_str(), g == 2 ? "X" : "W", cell_text(b).c_str(),
-               !quantised ? "as they are" : is_float_stored(a.format) ? "multiplied as float: float scales fit no bf16" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (this CPU has no bf16 units)");
+               !quantised ? "as they are" : is_float_stored(a.format) ? "multiplied as float: float scales fit no bf16" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (faster here than bf16)");
     }
     int64_t high = 0;
     double four = 0, tokens = (double)run.tokens_per_step();
@@ -877,7 +877,7 @@ static void report(Run& run, const std::string& checkpoint) {
 #else
     printf("machine  | CPU, %d thread%s, %s", run.ctx.threads, run.ctx.threads == 1 ? "" : "s", MatmulPlans::library());
 #endif
-    printf(", bf16 operands %s; matmul peak %.0f GFLOP/s (measured, %s)\n", MatmulPlans::bf16_units() ? "multiplied natively" : "held as float (no bf16 units)",
+    printf(", bf16 operands %s; matmul peak %.0f GFLOP/s (measured, %s)\n", MatmulPlans::bf16_units() ? "multiplied natively" : "held as float (faster here)",
            run.peak * 1e-9, o.recipe.c_str());
     printf("model    | %s: %d layers, dim %d, %d/%d heads of %d, ffn %d, vocab %d; %.2fM parameters, %.2fM without embedding and head\n", o.model.c_str(),
            c.layers, c.dim, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, parameter_count(run.model.tensors) * 1e-6,
