@@ -3,8 +3,10 @@
 # make test            tests; the last line is `N passed, M failed`
 # make test-asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-compile     compiles the GPU program for sm_80, 89, 90a, 100a and 120a as far as this nvcc knows them, and its tests for one
+# make test-emulated   the GPU program's kernels run lane by lane on this CPU (test/emulated): no GPU needed, no word on speed
 # make bench           ratios against PyTorch, the matmul peak and copy bandwidth, in one run
 # make compare         recipes on the same data and seeds: a table and a plot; COMPARE="--data my.txt --steps 1000 --seeds 3"
+# make gpu-check       on a GPU: tests, sanitizers, speeds and a short training comparison in 25 minutes, one table (dev/gpu.py)
 # make clean
 #
 # GPU=0|1              force the CPU or the GPU program           ARCH=90a    GPU target (default: the GPU found)
@@ -110,6 +112,14 @@ test: train_llama $(DIR)/train_llama $(REFERENCE) $(TESTS) build/stories
 test-asan:
 	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -O1" test
 
+# --- the GPU side of the sources, compiled by a C++ compiler against an emulated device; act_t is bf16 here, as on a GPU -------------
+EMULATED = $(patsubst %,build/emulated/test_%,kernels matmul quantise linear metis golden)
+build/emulated/test_%: test/test_%.cu
+	@mkdir -p build/emulated
+	$(CXX) $(filter-out -O3,$(CXXFLAGS)) -O2 -march=native -D__CUDACC__ -DMETIS_EMULATED -isystem test/emulated -MMD -MP -MF $@.d -x c++ $< -o $@
+test-emulated: $(EMULATED)
+	@test/run --only $(EMULATED)
+
 # --- the GPU program for every target of ours that this nvcc knows; its tests, benchmark and ACT=float variant for one -----------
 TARGETS = $(filter $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)) 90a 100a 120a,80 89 90a 100a 120a)
 CHECKS  = train_llama.float test_kernels test_matmul test_fp4 test_quantise test_linear test_subspace test_metis test_golden bench_kernels
@@ -140,11 +150,17 @@ compare: $(DIR)/train_llama data/stories.txt
 	@$(PYTHON) dev/compare.py $(DIR)/train_llama $(COMPARE)
 bench: $(DIR)/train_llama $(DIR)/bench_kernels data/stories.txt
 	@$(PYTHON) dev/bench.py $(DIR)/train_llama
+gpu-check: data/stories.txt
+	@$(PYTHON) dev/gpu.py $(GPU_CHECK)
+print-dir:
+	@echo $(DIR)
+print-gpu-tests:
+	@echo $(filter $(DIR)/%,$(TESTS)) $(DIR)/bench_kernels
 clean:
 	rm -rf build train_llama
 help:
 	@sed -n '/^# make/,/^$$/p' Makefile | sed 's/^# \?//'
 
-.PHONY: all run found test test-asan gpu-compile bench compare clean help
+.PHONY: all run found test test-asan test-emulated gpu-compile bench compare gpu-check print-dir print-gpu-tests clean help
 .DELETE_ON_ERROR:
 -include $(wildcard build/*/*.d build/*/*/*.d)

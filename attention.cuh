@@ -7,15 +7,11 @@
 // already rotated. Query head h reads key/value head h / (H / KV). Forward keeps the log-sum-exp of each row, (B*T) x H; backward
 // computes P again from it (FlashAttention's bookkeeping, arXiv 2205.14135). No atomics: every sum has one owner and one order.
 //
-// CPU: 64 query rows at a time, scores through matmul tiles, softmax by rows. GPU: one warp a row, key tiles in shared memory:
-// plain and correct; a tensor-core version replaces it where speed is wanted.
+// CPU: 64 query rows at a time, scores through matmul tiles, softmax by rows. GPU: flash.cuh's tensor-core kernels for bf16 activations
+// and heads of 64 or 128; for the rest (float activations, other sizes) plain ones, one warp a row, key tiles in shared memory.
 #pragma once
+#include "flash.cuh"    // Heads; the tensor-core kernels (GPU)
 #include "matmul.cuh"   // MatmulPlans, Mat (CPU); device.cuh: Ctx, Group, for_rows
-
-struct Heads {
-    int B, T, H, KV, D;                                     // sequences, tokens each, query heads, key/value heads, head size
-    HD int64_t row() const { return (int64_t)(H + 2 * KV) * D; }   // elements in a row of qkv
-};
 
 // FLOPs of the causal half: 2 D per (query, key) pair for each of `products` matrix products.
 inline double attention_flops(const Heads& s, int products) { return (double)products * s.B * s.H * s.D * s.T * (s.T + 1.0); }
@@ -49,8 +45,8 @@ __device__ inline float dot(const float* a, const float* b, int D) {
 }
 
 // Block: 8 query rows of one (sequence, head), a warp each; lane j scores key j of the current tile of 32.
-// MODE 0: forward (out = O, lse). MODE 1: dQ (out = dq; reads dout, lse, delta).
-template <int MODE> __global__ void attention_rows(act_t* out, int64_t out_stride, float* lse, const act_t* qkv, const act_t* dout,
+// MODE 0: forward (out = O, low = what its rounding lost, lse). MODE 1: dQ (out = dq; reads dout, lse, delta).
+template <int MODE> __global__ void attention_rows(act_t* out, act_t* low, int64_t out_stride, float* lse, const act_t* qkv, const act_t* dout,
                                                    const float* delta, Heads s, float scale) {
     __shared__ AttentionTile K, V;
     __shared__ float q_row[attention_warps][attention_max_d], do_row[attention_warps][attention_max_d];
@@ -92,21 +88,27 @@ template <int MODE> __global__ void attention_rows(act_t* out, int64_t out_strid
     }
     if (i >= s.T) return;
     for (int c = 0; c < attention_max_d / 32; c++)
-        if (lane + 32 * c < s.D) store(out + row * out_stride + h * s.D + lane + 32 * c, MODE == 0 ? acc[c] / l : acc[c]);
+        if (lane + 32 * c < s.D) {
+            float v = MODE == 0 ? acc[c] / l : acc[c];
+            int64_t at = row * out_stride + h * s.D + lane + 32 * c;
+            store(out + at, v);
+            if (MODE == 0 && low) store(low + at, v - as_act(v));
+        }
     if (MODE == 0 && lane == 0) lse[row * s.H + h] = m + log_(l);
 }
 
-// delta (n) = rowsum(dO * O), a warp a row.
-__global__ void attention_delta(float* delta, const act_t* dout, const act_t* out, int64_t n, int D) {
+// delta (n) = rowsum(dO * (O + low)), a warp a row; low may be null.
+__global__ inline void attention_delta(float* delta, const act_t* dout, const act_t* out, const act_t* low, int64_t n, int D) {
     int64_t r = (int64_t)blockIdx.x * 4 + threadIdx.x / 32;
     if (r >= n) return;
     Group<32> g;
-    float v = g.sum(D, [](acc_t a, acc_t b) { return a * b; }, dout + r * D, out + r * D);
+    float v = low ? g.sum(D, [](acc_t a, acc_t b, acc_t c) { return a * (b + c); }, dout + r * D, out + r * D, low + r * D)
+                  : g.sum(D, [](acc_t a, acc_t b) { return a * b; }, dout + r * D, out + r * D);
     if (g.lane() == 0) delta[r] = v;
 }
 
 // Block: 8 key rows of one (sequence, kv head), a warp each; lane j is query j of the current tile, over all heads of the group.
-__global__ void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, const act_t* dout, const float* delta, Heads s, float scale) {
+__global__ inline void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, const act_t* dout, const float* delta, Heads s, float scale) {
     __shared__ AttentionTile Q, DO;
     __shared__ float k_row[attention_warps][attention_max_d], v_row[attention_warps][attention_max_d];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = (s.T + attention_warps - 1) / attention_warps;
@@ -147,19 +149,21 @@ __global__ void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, 
         }
 }
 
-inline void attention_forward_run(Ctx& ctx, act_t* out, acc_t* lse, const act_t* qkv, Heads s, acc_t scale) {
-    unsigned grid = (s.T + attention_warps - 1) / attention_warps * s.B * s.H;
-    attention_rows<0><<<grid, 32 * attention_warps, 0, ctx.stream>>>(out, (int64_t)s.H * s.D, lse, qkv, nullptr, nullptr, s, scale);
-    CUDA(cudaGetLastError());
+inline void attention_forward_run(Ctx& ctx, act_t* out, act_t* low, acc_t* lse, const act_t* qkv, Heads s, acc_t scale) {
+    if constexpr (sizeof(act_t) == sizeof(bf16))
+        if (flash_serves(s)) return (s.D == 64 ? flash_forward_run<64> : flash_forward_run<128>)(ctx, out, low, lse, qkv, s, scale);
+    int64_t grid = (int64_t)(s.T + attention_warps - 1) / attention_warps * s.B * s.H;
+    start(ctx, attention_rows<0>, grid, 32 * attention_warps, 0, out, low, (int64_t)s.H * s.D, lse, qkv, nullptr, nullptr, s, scale);
 }
-inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const acc_t* lse,
+inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const act_t* low, const acc_t* lse,
                                    Heads s, acc_t scale) {
     int64_t n = (int64_t)s.B * s.T * s.H;
-    attention_delta<<<(unsigned)((n + 3) / 4), 128, 0, ctx.stream>>>(delta, dout, out, n, s.D);
-    unsigned blocks = (s.T + attention_warps - 1) / attention_warps;
-    attention_rows<1><<<blocks * s.B * s.H, 32 * attention_warps, 0, ctx.stream>>>(dqkv, s.row(), (float*)lse, qkv, dout, delta, s, scale);
-    attention_keys<<<blocks * s.B * s.KV, 32 * attention_warps, 0, ctx.stream>>>(dqkv, lse, qkv, dout, delta, s, scale);
-    CUDA(cudaGetLastError());
+    start(ctx, attention_delta, (n + 3) / 4, 128, 0, delta, dout, out, low, n, s.D);
+    if constexpr (sizeof(act_t) == sizeof(bf16))
+        if (flash_serves(s)) return (s.D == 64 ? flash_backward_run<64> : flash_backward_run<128>)(ctx, dqkv, qkv, dout, lse, delta, s, scale);
+    int64_t blocks = (s.T + attention_warps - 1) / attention_warps;
+    start(ctx, attention_rows<1>, blocks * s.B * s.H, 32 * attention_warps, 0, dqkv, nullptr, s.row(), (float*)lse, qkv, dout, delta, s, scale);
+    start(ctx, attention_keys, blocks * s.B * s.KV, 32 * attention_warps, 0, dqkv, lse, qkv, dout, delta, s, scale);
 }
 #else
 // ------------------------------------------------------------------------------------------------------------------- the CPU
@@ -196,7 +200,7 @@ inline std::vector<AttentionPlans> attention_plans(Ctx& ctx, const Heads& s, boo
     return plans;
 }
 
-inline void attention_forward_run(Ctx& ctx, act_t* out, acc_t* lse, const act_t* qkv, Heads s, acc_t scale) {
+inline void attention_forward_run(Ctx& ctx, act_t* out, act_t*, acc_t* lse, const act_t* qkv, Heads s, acc_t scale) {
     std::vector<AttentionPlans> plans = attention_plans(ctx, s, false);
     int blocks = (int)plans.size(), heads = s.B * s.H;
     #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
@@ -228,7 +232,7 @@ inline void attention_forward_run(Ctx& ctx, act_t* out, acc_t* lse, const act_t*
 
 // A task is a (sequence, kv head): it alone writes these dK and dV. Blocks run from the last, which covers every key and
 // overwrites, to the first; the rest of the group's heads add.
-inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t*, const act_t* dout, const act_t* qkv, const act_t* out, const acc_t* lse,
+inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t*, const act_t* dout, const act_t* qkv, const act_t* out, const act_t*, const acc_t* lse,
                                    Heads s, acc_t scale) {
     std::vector<AttentionPlans> plans = attention_plans(ctx, s, true);
     #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
@@ -266,16 +270,18 @@ inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t*, const act_t* d
 }
 #endif
 
-// out (B*T x H D), lse (B*T x H) = attention of qkv.
-inline void attention_forward(Ctx& ctx, act_t* out, acc_t* lse, const act_t* qkv, Heads s) {
+// out (B*T x H D), lse (B*T x H) = attention of qkv. low: what rounding out to act_t lost, in act_t, for backward's delta (flash.cuh says
+// why); null if there is no backward, or nothing is lost because act_t is a float.
+inline void attention_forward(Ctx& ctx, act_t* out, act_t* low, acc_t* lse, const act_t* qkv, Heads s) {
     double rows = (double)s.B * s.T;
     Launch launch(ctx, "attention_forward", {rows * sizeof(act_t) * (s.row() + s.H * s.D), attention_flops(s, 2)});
-    attention_forward_run(ctx, out, lse, qkv, s, 1 / std::sqrt((acc_t)s.D));
+    attention_forward_run(ctx, out, low, lse, qkv, s, 1 / std::sqrt((acc_t)s.D));
 }
 
 // dqkv (B*T x (H + 2 KV) D), overwritten. delta: B*T x H of scratch.
-inline void attention_backward(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const acc_t* lse, Heads s) {
+inline void attention_backward(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const act_t* low, const acc_t* lse,
+                               Heads s) {
     double rows = (double)s.B * s.T;
     Launch launch(ctx, "attention_backward", {rows * sizeof(act_t) * (2 * s.row() + 2 * s.H * s.D), attention_flops(s, 5)});
-    attention_backward_run(ctx, dqkv, delta, dout, qkv, out, lse, s, 1 / std::sqrt((acc_t)s.D));
+    attention_backward_run(ctx, dqkv, delta, dout, qkv, out, low, lse, s, 1 / std::sqrt((acc_t)s.D));
 }

@@ -493,6 +493,15 @@ template <int W> struct Group {
     }
 };
 
+// Starts a kernel with `blocks` blocks of `lanes` lanes and `shared` bytes of dynamic shared memory. A function of the runtime, not the
+// <<<>>> of the language: so that a C++ compiler can read this file, too (test/emulated).
+template <class... P, class... A> void start(Ctx& ctx, void (*kernel)(P...), int64_t blocks, int lanes, size_t shared, A... arguments) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks), config.blockDim = dim3((unsigned)lanes), config.dynamicSmemBytes = shared, config.stream = ctx.stream;
+    if (shared > 48 << 10) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+}
+
 template <class Tag, int W, class F> __global__ void __launch_bounds__(W < 128 ? 128 : W) rows_kernel(int64_t n, F f) {
     constexpr int groups = W < 128 ? 128 / W : 1;
     int64_t r = (int64_t)blockIdx.x * groups + threadIdx.x / W;
@@ -636,8 +645,7 @@ template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int
     if (n <= 0) return;
 #ifdef __CUDACC__
     constexpr int groups = W < 128 ? 128 / W : 1;
-    rows_kernel<Tag, W><<<(unsigned)((n + groups - 1) / groups), W < 128 ? 128 : W, 0, ctx.stream>>>(n, kernel);
-    CUDA(cudaGetLastError());
+    start(ctx, rows_kernel<Tag, W, F>, (n + groups - 1) / groups, W < 128 ? 128 : W, 0, n, kernel);
 #else
     // Sixteen pieces a thread, taken as threads come free: a core that is slower, or busy with something else, delays less.
     int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
@@ -659,8 +667,7 @@ template <class Tag, class Stage, class F> void for_tiles(Ctx& ctx, Cost cost, i
     Launch launch(ctx, tag_name<Tag>(), cost);
     if (n <= 0) return;
 #ifdef __CUDACC__
-    tiles_kernel<Tag, Stage><<<(unsigned)n, 256, 0, ctx.stream>>>(kernel);
-    CUDA(cudaGetLastError());
+    start(ctx, tiles_kernel<Tag, Stage, F>, n, 256, 0, kernel);
 #else
     int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
     #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)

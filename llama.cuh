@@ -475,6 +475,7 @@ struct LayerActs {
     acc_t* rstd1;        // (N)
     act_t* qkv;          // (N, (H+2KV) D), rotated
     act_t* att;          // (N, H D)    X of o
+    act_t* att_low;      // (N, H D)    what att's rounding lost; null unless training with bf16 activations
     acc_t* lse;          // (N, H)
     act_t* mid;          // (N, C)      x + o(att)
     act_t* h2;           // (N, C)      rmsnorm(mid): X of gate_up
@@ -560,7 +561,9 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     each(&LayerActs::x, N * C, train);
     each(&LayerActs::h1, N * C, keep_norms), each(&LayerActs::rstd1, N, keep_block);
     each(&LayerActs::qkv, N * Q, keep_block);
-    each(&LayerActs::att, N * A, keep_block), each(&LayerActs::lse, N * c.heads, keep_block);
+    each(&LayerActs::att, N * A, keep_block);
+    if (train && type_of<act_t>() == Type::bf16) each(&LayerActs::att_low, N * A, keep_block);
+    each(&LayerActs::lse, N * c.heads, keep_block);
     each(&LayerActs::mid, N * C, keep_block);
     each(&LayerActs::h2, N * C, keep_norms), each(&LayerActs::rstd2, N, keep_block);
     each(&LayerActs::gu, N * 2 * F, keep_block), each(&LayerActs::s, N * F, keep_norms);
@@ -717,7 +720,7 @@ inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
     int64_t N = (int64_t)shape.B * shape.T;
     linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim), N);
     rotate(ctx, a.qkv, m.cosine, m.sine, shape, 1);
-    attention_forward(ctx, a.att, a.lse, a.qkv, shape);
+    attention_forward(ctx, a.att, a.att_low, a.lse, a.qkv, shape);
     linear_forward(ctx, w.o, m.operands, m.y, mat(a.att, w.o.in), N);
     residual_rmsnorm(ctx, a.mid, a.h2, a.rstd2, a.x, m.y, m.weights[l].ffn_norm, N, c.dim, (acc_t)c.norm_eps);
     linear_forward(ctx, w.gate_up, m.operands, a.gu, mat(a.h2, c.dim), N);
@@ -788,7 +791,7 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
         linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn), mat(a.h2, C), N);
         rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim);
         linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C), mat(a.att, w.o.in), N);
-        attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.lse, shape);
+        attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape);
         rotate(ctx, m.d_wide, m.cosine, m.sine, shape, -1);
         linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
         rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim);

@@ -24,7 +24,7 @@
 struct Options {
     std::string model = on_gpu ? "125m" : "tiny";
     int layers = 0, dim = 0, heads = 0, kv_heads = 0, ffn = 0, vocab = 0;                 // 0: the preset's; vocab: the data's
-    std::string recipe = "bf16", set, eval_recipe, recompute = "none";
+    std::string recipe = "metis", set, eval_recipe, recompute = "none";
     int bf16_first = 0, bf16_last = -1;
     std::string bf16_layers, bf16_end_gemms = "fprop";
     double bf16_end = 0;
@@ -80,7 +80,7 @@ static std::vector<Option> option_table(Options& o) {
         {"--kv-heads", "N", &o.kv_heads, run, 1, 1024, "the preset's", "key/value heads", nullptr},
         {"--ffn", "N", &o.ffn, run, 1, 1 << 20, "the preset's", "inner width of SwiGLU", nullptr},
         {"--vocab", "N", &o.vocab, run, 2, 1 << 24, "the data's", "vocabulary, padded to a multiple of 128 unless given", nullptr},
-        {"--recipe", "NAME", &o.recipe, run, 0, 0, nullptr, "how GEMM operands are prepared: a row of --list-recipes", "Precision"},
+        {"--recipe", "NAME", &o.recipe, run, 0, 0, "metis; bf16 for --eval-only and --sample-only of a model's weights", "how GEMM operands are prepared: a row of --list-recipes", "Precision"},
         {"--set", "CHANGES", &o.set, run, 0, 0, "none", "change cells of the recipe: wgrad_d.rounding=stochastic,all.scale=headroom", nullptr},
         {"--list-recipes", nullptr, &o.list_recipes, here, 0, 0, nullptr, "print the recipe table (with --set: changed) and exit", nullptr},
         {"--bf16-first", "N", &o.bf16_first, run, 0, 1000, nullptr, "blocks at the start whose linear layers stay in bf16", nullptr},
@@ -1006,6 +1006,7 @@ int main(int argc, char** argv) {
         adopt_options(table, given, state["options"]);
         if (!checkpoint.empty()) run.step = checkpoint_step(checkpoint);
     }
+    if (!resuming && !training && !given.count("--recipe")) o.recipe = "bf16";   // weights alone have no bases
     check_options(o, given);
     if (o.profile && o.steps - run.step < 2)
         fail("nothing to profile: the first step only warms up, and --steps %lld leaves %lld; %s", (long long)o.steps, (long long)(o.steps - run.step),

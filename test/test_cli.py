@@ -40,7 +40,7 @@ TIMEOUT = 600                        # seconds for one run: generous, since a ha
 # ---------------------------------------------------------------------------------------------------------------------------
 # Running the program
 
-MICRO = {"--model": "tiny", "--layers": 2, "--dim": 64, "--heads": 2, "--kv-heads": 1, "--ffn": 128, "--batch": 4, "--seq": 32,
+MICRO = {"--model": "tiny", "--recipe": "bf16", "--layers": 2, "--dim": 64, "--heads": 2, "--kv-heads": 1, "--ffn": 128, "--batch": 4, "--seq": 32,
          "--data": "text.txt", "--sample-tokens": 0}
 SMALL = {**MICRO, "--layers": 1, "--batch": 1}       # where a run is repeated many times
 

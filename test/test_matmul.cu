@@ -103,11 +103,12 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
     int64_t N = (int64_t)s.B * T, Q = s.row(), A = (int64_t)H * D;
     r.at("T %d, heads %d/%d of %d, spread %g", T, H, s.KV, D, spread);
     Rng rng{(uint64_t)(T * 100 + H)};
-    Buffer<act_t> qkv(r, N * Q, [&](int64_t) { return rng(spread); }), dout(r, N * A, [&](int64_t) { return rng(1); }), out(r, N * A), dqkv(r, N * Q);
+    Buffer<act_t> qkv(r, N * Q, [&](int64_t) { return rng(spread); }), dout(r, N * A, [&](int64_t) { return rng(1); }), out(r, N * A), low(r, N * A), dqkv(r, N * Q);
+    bool lossy = sizeof(act_t) == 2;                                          // then O is out + low, and backward reads both
     Buffer<acc_t> lse(r, N * H), delta(r, N * H);
-    attention_forward(r.ctx, out.p, lse.p, qkv.p, s);
-    out.fetch(), lse.fetch();
-    attention_backward(r.ctx, dqkv.p, delta.p, dout.p, qkv.p, out.p, lse.p, s);
+    attention_forward(r.ctx, out.p, lossy ? low.p : nullptr, lse.p, qkv.p, s);
+    out.fetch(), low.fetch(), lse.fetch();
+    attention_backward(r.ctx, dqkv.p, delta.p, dout.p, qkv.p, out.p, lossy ? low.p : nullptr, lse.p, s);
     dqkv.fetch();
     if (!r.compare) return;
     const double scale = 1 / std::sqrt((double)D), sum_u = (2 * T + 8 * group + 40) * u;
@@ -136,6 +137,8 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
                         v += t, size += std::fabs(t);
                     }
                     r.verdict.close(o[o_at + d], v, (2 * e + sum_u + act_u) * size + act_u * std::fabs(v) + 1e-36, "out", o_at + d);
+                    if (lossy) r.verdict.note(std::fabs(low[o_at + d]) <= act_u * std::fabs(o[o_at + d]) + 1e-36, "low is more than rounding lost");
+                    if (lossy) o[o_at + d] += low[o_at + d];
                 }
                 double dl = 0, dl_size = 0;
                 for (int d = 0; d < D; d++) dl += g[o_at + d] * o[o_at + d], dl_size += std::fabs(g[o_at + d] * o[o_at + d]);
@@ -155,7 +158,7 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
 }
 
 static void test_attention(Run& r) {
-    for (int T : {1, 17, 63, 64, 65, 130}) {
+    for (int T : {1, 17, 63, 64, 65, 130, 200}) {
         test_attention_shape(r, {2, T, 6, 2, 8}, 2);
         test_attention_shape(r, {2, T, 4, 4, 64}, 1);
         test_attention_shape(r, {1, T, 3, 1, 128}, 1);
@@ -165,19 +168,62 @@ static void test_attention(Run& r) {
 
 // A NaN in one key or value reaches every output that may look at it: this query head's group, this row and later ones.
 static void test_attention_nan(Run& r) {
-    Heads s = {1, 70, 4, 2, 8};
+    for (int D : {8, 64})
     for (int part : {0, 1, 2}) {                                              // of the query, key, value of row 66
-        r.at("NaN in part %d", part);
+        Heads s = {1, 70, 4, 2, D};
+        r.at("NaN in part %d of heads of %d", part, D);
         Rng rng{3};
-        Buffer<act_t> qkv(r, s.T * s.row(), [&](int64_t) { return rng(1); }), out(r, s.T * 4 * 8);
+        Buffer<act_t> qkv(r, s.T * s.row(), [&](int64_t) { return rng(1); }), out(r, s.T * 4 * D);
         Buffer<acc_t> lse(r, s.T * 4);
-        assign(&qkv.host[66 * s.row() + (part == 0 ? 2 : part == 1 ? 4 + 1 : 4 + 2 + 1) * 8], NAN);
+        assign(&qkv.host[66 * s.row() + (part == 0 ? 2 : part == 1 ? 4 + 1 : 4 + 2 + 1) * D], NAN);
         qkv.send();
-        attention_forward(r.ctx, out.p, lse.p, qkv.p, s);
+        attention_forward(r.ctx, out.p, nullptr, lse.p, qkv.p, s);
         out.fetch();
-        auto finite = [&](int i) { return is_finite((float)out[i * 32 + 2 * 8]); };                                  // head 2
+        auto finite = [&](int i) { return is_finite((float)out[i * 4 * D + 2 * D]); };                               // head 2
         for (int i = 66; i < (part == 0 ? 67 : s.T); i++) r.verdict.note(!finite(i), "row %d is finite", i);
         for (int i = 0; i < 64; i++) r.verdict.note(finite(i), "row %d is not finite", i);
+    }
+}
+
+// The failure of arXiv 2510.04212, made to order: two keys share the largest score, all others weigh little and have the lowest values.
+// O then lies a little below (v1 + v2) / 2, which half of the time is a midpoint of two bf16 numbers: rounding it errs downwards, never
+// upwards, and so does delta = rowsum(dO * O) where dO has one sign. With what rounding lost beside it, delta is right.
+static void test_attention_bias(Run& r) {
+    if (sizeof(act_t) != 2) return r.verdict.note(true, " ");                 // float activations lose nothing
+    for (int D : {64, 128, 16}) {
+        Heads s = {1, 64, 1, 1, D};
+        r.at("heads of %d", D);
+        Rng rng{5};
+        std::vector<double> v(s.T * D);
+        // Keys 0 and 1 are all ones, as every query is; the rest point elsewhere. Values of 0 and 1: in (-2, -1] in steps of a bf16's last place.
+        Buffer<act_t> qkv(r, s.T * s.row(), [&](int64_t i) {
+            int64_t t = i / (3 * D), part = i % (3 * D) / D, d = i % D;
+            return part == 0 ? 1. : part == 1 ? (t < 2 ? 1. : d % 2 ? -1. : 1. - 12. / std::sqrt((double)D)) : v[t * D + d] = t < 2 ? -1 - rng.below(128) / 128. : -2;
+        }), dout(r, s.T * D, [](int64_t) { return 1; }), out(r, s.T * D), low(r, s.T * D), dqkv(r, s.T * s.row());
+        Buffer<acc_t> lse(r, s.T), rounded(r, s.T), whole(r, s.T);
+        attention_forward(r.ctx, out.p, low.p, lse.p, qkv.p, s);
+        attention_backward(r.ctx, dqkv.p, rounded.p, dout.p, qkv.p, out.p, nullptr, lse.p, s);
+        attention_backward(r.ctx, dqkv.p, whole.p, dout.p, qkv.p, out.p, low.p, lse.p, s);
+        out.fetch(), low.fetch(), lse.fetch(), rounded.fetch(), whole.fetch();
+        if (!r.compare) continue;
+        std::vector<double> x = qkv.values();
+        double bias[2] = {};                                                  // mean errors of delta
+        for (int i = 8; i < s.T; i++) {
+            double exact = 0, sum = 0;
+            std::vector<double> o(D);
+            for (int j = 0; j <= i; j++) {
+                double score = 0;
+                for (int d = 0; d < D; d++) score += x[i * 3 * D + d] * x[j * 3 * D + D + d];
+                double p = std::exp((score - D) / std::sqrt((double)D));
+                sum += p;
+                for (int d = 0; d < D; d++) o[d] += p * v[j * D + d];
+            }
+            for (int d = 0; d < D; d++) exact += o[d] / sum;
+            bias[0] += (rounded[i] - exact) / (s.T - 8), bias[1] += (whole[i] - exact) / (s.T - 8);
+        }
+        double chance = 0x1p-7 * std::sqrt(D / 12.);                          // what D roundings without a common sign add up to
+        r.verdict.note(std::fabs(bias[0]) > 2 * chance, "delta of a rounded O is off by %g, chance would give %g: no bias to be seen", bias[0], chance);
+        r.verdict.note(std::fabs(bias[1]) < 0.02 * std::fabs(bias[0]), "delta of O and what it lost is off by %g, of the rounded O by %g", bias[1], bias[0]);
     }
 }
 
@@ -296,6 +342,7 @@ int main(int argc, char** argv) {
 #endif
     test("attention", test_attention);
     test("attention: NaN", test_attention_nan);
+    test("attention: delta is not biased by a bf16 O", test_attention_bias);
     test("prepare", test_prepare);
     test("linear layer", test_linear);
     return done();

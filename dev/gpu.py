@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Everything that only a GPU can tell, in one command and about 25 minutes: tests, sanitizers, speeds, a short training comparison.
+
+    python3 dev/gpu.py [--out build/gpu] [--minutes 25] [--data my.txt] [--only tests,sanitize,kernels,steps,profile,train]
+
+Needs a GPU and CUDA 12.8 or newer. Each part has its share of the time and is ended when that is used up; what it printed lies in OUT as
+PART.log, the table of all in OUT/table.md (rewritten after every part, so that a machine that goes away leaves what was done).
+Steps are those of `llama3.2-1b`, and of four layers of `llama3-8b` (its layer shapes, a small vocabulary), on random weights:
+milliseconds, tokens/s, the share of the measured bf16 matmul peak, and the ratio to bf16's tokens/s.
+Exit status 1 if a test or a sanitizer found something.
+"""
+import argparse, os, re, statistics, subprocess, sys, time
+sys.dont_write_bytecode = True
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--out", default="build/gpu")
+parser.add_argument("--minutes", type=float, default=25)
+parser.add_argument("--data", default="data/stories.txt")
+parser.add_argument("--only", default="build,tests,sanitize,kernels,steps,profile,train")
+o = parser.parse_args()
+os.makedirs(o.out, exist_ok=True)
+begin, lines, failed = time.time(), [], False
+recipes = ["bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "metis"]
+
+def left(): return 60 * o.minutes - (time.time() - begin)
+
+def shell(part, command, seconds):
+    """(exit status, output) of a command, both also in OUT/part.log; 124 if its time ran out."""
+    seconds = max(1, min(seconds, left()))
+    path = os.path.join(o.out, part + ".log")
+    with open(path, "a") as log:
+        log.write(f"$ {command}\n")
+        log.flush()
+        start = log.tell()
+        status = subprocess.run(["timeout", "-k", "5", str(int(seconds)), "bash", "-c", command], stdout=log, stderr=subprocess.STDOUT).returncode
+    with open(path) as log:
+        log.seek(start)
+        return status, log.read()
+
+def row(*cells):
+    lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+    with open(os.path.join(o.out, "table.md"), "w") as table: table.write("\n".join(lines) + "\n")
+    print(lines[-1], flush=True)
+
+def build():
+    global failed
+    status, text = shell("build", "make GPU=1 -j\"$(nproc)\" all data/stories.txt $(make GPU=1 -s print-gpu-tests)", 360)
+    failed |= status != 0
+    row("build", "ok" if status == 0 else f"FAILED ({status})", f"{time.time() - begin:.0f} s")
+
+def tests():
+    global failed
+    status, text = shell("tests", "make GPU=1 test", 420)
+    failed |= status != 0
+    row("make test", text.strip().splitlines()[-1] if text.strip() else "nothing printed", f"status {status}")
+
+def sanitize():
+    global failed
+    for tool in "memcheck", "racecheck":
+        for test in "test_quantise", "test_kernels", "test_matmul":
+            status, text = shell("sanitize", f"compute-sanitizer --tool {tool} --error-exitcode 9 {folder}/{test}", 100)
+            found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", text)
+            failed |= status not in (0, 124)
+            row(f"{tool} {test}", found[-1] if found else "no summary", "its time ran out" if status == 124 else f"status {status}")
+
+def kernels():
+    status, text = shell("kernels", f"{folder}/bench_kernels", 240)
+    row("row kernels, quantisers, FP4 GEMMs", "kernels.log", f"status {status}")
+
+def steps():
+    row("shape", "recipe", "ms a step", "tokens/s", "of bf16's", "% of peak")
+    for name, options in ("1B", "--model llama3.2-1b --vocab 8192 --batch 4 --seq 2048"), ("8B layers x 4", "--model llama3-8b --layers 4 --vocab 8192 --batch 4 --seq 4096"):
+        base = None
+        for recipe in recipes:
+            if left() < 60: return row(name, recipe, "no time left")
+            status, text = shell("steps", f"./train_llama --data {o.data} {options} --recipe {recipe} --steps 12 --eval-every 0 --eval-batches 1 --sample-tokens 0 --recompute norms", 120)
+            seen = re.findall(r"\| (\d+) ms \| (\d+) tok/s \| (\S+) of peak", text)[3:]
+            if not seen: row(name, recipe, f"failed ({status})"); continue
+            ms, rate = statistics.median(int(s[0]) for s in seen), statistics.median(int(s[1]) for s in seen)
+            base = base or rate
+            row(name, recipe, ms, rate, f"{rate / base:.2f}", seen[-1][2])
+
+def profile():
+    for recipe in "bf16", "nvfp4", "metis":
+        status, text = shell("profile", f"./train_llama --data {o.data} --model llama3.2-1b --vocab 8192 --recipe {recipe} --steps 12 --profile 6 --recompute norms", 90)
+        found = re.search(r"profile of.*", text)
+        row("profile", recipe, found[0] if found else f"failed ({status})")
+
+def train():
+    seconds = left() / 4
+    for recipe in "bf16", "nvfp4-sr", "metis":
+        status, text = shell("train", f"./train_llama --data {o.data} --model 125m --recipe {recipe} --steps 400 --eval-every 100 --sample-tokens 0 --shadow-every 100", seconds)
+        losses = re.findall(r"eval (\d+)/\d+ \| val loss (\S+)", text)
+        shadows = re.findall(r"gradient error (\S+),", text)
+        row("125m, 400 steps", recipe, f"val loss {losses[-1][1]} after {losses[-1][0]} steps" if losses else f"failed ({status})", f"gradient error {shadows[-1]}" if shadows else "")
+
+lines += ["| what | result | |", "|---|---|---|"]
+folder = subprocess.run(["make", "GPU=1", "-s", "print-dir"], capture_output=True, text=True).stdout.strip()
+for part in build, tests, sanitize, kernels, steps, profile, train:
+    if part.__name__ in o.only.split(",") and left() > 30: part()
+print(f"{time.time() - begin:.0f} s; logs and table.md in {o.out}")
+sys.exit(failed)

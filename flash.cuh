@@ -1,0 +1,346 @@
+// flash.cuh: causal grouped-query attention on tensor cores, for bf16 activations and heads of 64 or 128 (sm_80 and later).
+//
+// FlashAttention (arXiv 2205.14135, 2307.08691): tiles of scores live in registers, never in memory; a row's softmax is corrected as
+// its maximum grows; backward computes P again from the log-sum-exp. Three kernels of 4 warps, each owner of its results, so that no
+// sum depends on timing:
+//
+//     flash_forward    128 queries, 32 a warp: two fragments of rows share every fragment of K and V   O, lse
+//     flash_queries     64 queries, 16 a warp, over the keys before them                              dQ
+//     flash_keys        64 keys,    16 a warp, over the queries after them, of all heads of the group  dK, dV
+//
+// The product of one step is the operand of the next without leaving registers (ptx.cuh): P of the forward, dS, P^T and dS^T of the
+// backward. Two recomputations in place of one cost 7 products for 5, and save what atomics or semaphores on dQ would.
+//
+// O leaves twice: rounded to bf16, and what rounding lost, in bf16 again: 16 bits of mantissa together. delta = rowsum(dO * O) from the
+// rounded O alone is biased where a row's largest score repeats, which is how low-precision attention diverged in arXiv 2510.04212.
+//
+// Tiles in shared memory are rows of D bf16 in chunks of 16 bytes, chunk c of row r in place c ^ (r % 8): 8 rows of one chunk, which is
+// what ldmatrix reads, lie in different banks.
+#pragma once
+#include "ptx.cuh"      // mma_bf16, ldmatrix_x4, copy_async, exp2_fast
+
+struct Heads {
+    int B, T, H, KV, D;                                     // sequences, tokens each, query heads, key/value heads, head size
+    HD int64_t row() const { return (int64_t)(H + 2 * KV) * D; }   // elements in a row of qkv
+};
+
+#ifdef __CUDACC__
+constexpr int flash_lanes = 128, flash_keys_tile = 64;
+constexpr float log2_e = 1.44269504f;
+
+// Element (row, 8 chunk) of a tile whose rows are D wide.
+template <int D> __device__ bf16* flash_at(bf16* tile, int row, int chunk) { return tile + row * D + (chunk ^ (row & 7)) * 8; }
+
+// Starts copying `rows` rows, `stride` apart, into a tile; rows from `valid` on are zeros.
+template <int D> __device__ void flash_load(bf16* tile, const bf16* from, int64_t stride, int rows, int valid) {
+    for (int i = threadIdx.x; i < rows * (D / 8); i += flash_lanes) {
+        int r = i / (D / 8), c = i % (D / 8);
+        copy_async(flash_at<D>(tile, r, c), from + (r < valid ? r : 0) * stride + c * 8, r < valid);
+    }
+}
+
+// The A fragment of rows first ... first + 15 and columns 16 k ... 16 k + 15.
+template <int D> __device__ void flash_rows(uint32_t (&a)[4], bf16* tile, int first, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix_x4<false>(a, flash_at<D>(tile, first + lane % 16, 2 * k + lane / 16));
+}
+// Two B fragments (b[0], b[1] and b[2], b[3]) of the tile's transpose: columns are rows first ... +7 and +8 ... +15, rows are columns 16 k ... 16 k + 15.
+template <int D> __device__ void flash_columns(uint32_t (&b)[4], bf16* tile, int first, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix_x4<false>(b, flash_at<D>(tile, first + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+}
+// Two B fragments of the tile as it lies: rows first ... first + 15, columns 16 k ... +7 and +8 ... +15.
+template <int D> __device__ void flash_inner(uint32_t (&b)[4], bf16* tile, int first, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix_x4<true>(b, flash_at<D>(tile, first + lane % 16, 2 * k + lane / 16));
+}
+
+// c (16 x 64) = A (16 x D, fragments of `rows` from `first` on) times the transpose of `tile` (64 x D).
+template <int D> __device__ void flash_product(float (&c)[8][4], const uint32_t (&a)[D / 16][4], bf16* tile) {
+    for (auto& n : c)
+        for (float& v : n) v = 0;
+    #pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        #pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t b[4];
+            flash_columns<D>(b, tile, 16 * n, k);
+            mma_bf16(c[2 * n], a[k], b[0], b[1]);
+            mma_bf16(c[2 * n + 1], a[k], b[2], b[3]);
+        }
+}
+// sum (16 x D) += P (16 x 64, as a product left it) times `tile` (64 x D).
+template <int D> __device__ void flash_accumulate(float (&sum)[D / 8][4], const float (&p)[8][4], bf16* tile) {
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t a[4] = {pair_of(p[2 * k][0], p[2 * k][1]), pair_of(p[2 * k][2], p[2 * k][3]), pair_of(p[2 * k + 1][0], p[2 * k + 1][1]), pair_of(p[2 * k + 1][2], p[2 * k + 1][3])};
+        #pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+            uint32_t b[4];
+            flash_inner<D>(b, tile, 16 * k, d);
+            mma_bf16(sum[2 * d], a, b[0], b[1]);
+            mma_bf16(sum[2 * d + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Writes value(n, i) of a warp's 16 x D result (n: 8 columns, i: as in a C fragment) to rows `stride` apart, the first `valid` of them. By
+// way of 16 rows of shared memory that are the warp's own, so that lanes write 16 bytes side by side.
+template <int D, class F> __device__ void flash_store(bf16* to, int64_t stride, int valid, bf16* own, F value) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __syncwarp();
+    #pragma unroll
+    for (int n = 0; n < D / 8; n++)
+        for (int half = 0; half < 2; half++)
+            *(uint32_t*)(flash_at<D>(own, g + 8 * half, n) + 2 * t) = pair_of(value(n, 2 * half), value(n, 2 * half + 1));
+    __syncwarp();
+    for (int i = lane; i < 16 * (D / 8); i += 32) {
+        int r = i / (D / 8), c = i % (D / 8);
+        if (r < valid) *(uint4*)(to + r * stride + c * 8) = *(const uint4*)flash_at<D>(own, r, c);
+    }
+}
+
+// Block: 128 queries of one (sequence, head). out and low: O as bf16 and what that lost (low may be null); lse.
+template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_forward(bf16* out, bf16* low, float* lse, const bf16* qkv, Heads s, float scale) {
+    bf16 *Q = (bf16*)shared_memory(), *K = Q + 128 * D, *V = K + 64 * D;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int blocks = (s.T + 127) / 128, heads = s.B * s.H;
+    int block = blocks - 1 - (int)blockIdx.x / heads, b = blockIdx.x % heads / s.H, h = blockIdx.x % s.H, kv = h / (s.H / s.KV);    // long ones first
+    int q0 = block * 128, first = q0 + 32 * warp, tiles = (min(q0 + 128, s.T) + 63) / 64;
+    int64_t row = s.row();
+    const bf16* base = qkv + (int64_t)b * s.T * row;
+    const bf16 *keys = base + (s.H + kv) * D, *values = keys + s.KV * D;
+    flash_load<D>(Q, base + q0 * row + h * D, row, 128, s.T - q0);
+    flash_load<D>(K, keys, row, 64, s.T);
+    copy_commit();
+
+    float o[2][D / 8][4] = {}, m[2][2], l[2][2] = {};
+    for (auto& r : m) r[0] = r[1] = -INFINITY;
+    const float c = scale * log2_e;
+    for (int j = 0; j < tiles; j++) {
+        copy_wait<0>();
+        __syncthreads();                                                        // K is here, and nobody reads V any more
+        flash_load<D>(V, values + 64 * j * row, row, 64, s.T - 64 * j);
+        copy_commit();
+        bool visible = 64 * j < first + 32;                                     // a tile beyond the diagonal is nothing to this warp
+        float p[2][8][4];
+        if (visible) {
+            for (auto& half : p)
+                for (auto& n : half)
+                    for (float& v : n) v = 0;
+            #pragma unroll
+            for (int k = 0; k < D / 16; k++) {
+                uint32_t a[2][4];
+                flash_rows<D>(a[0], Q, 32 * warp, k);
+                flash_rows<D>(a[1], Q, 32 * warp + 16, k);
+                #pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    uint32_t bk[4];
+                    flash_columns<D>(bk, K, 16 * n, k);
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++) mma_bf16(p[i][2 * n], a[i], bk[0], bk[1]), mma_bf16(p[i][2 * n + 1], a[i], bk[2], bk[3]);
+                }
+            }
+        }
+        copy_wait<0>();
+        __syncthreads();                                                        // V is here, and nobody reads K any more
+        if (j + 1 < tiles) flash_load<D>(K, keys + 64 * (j + 1) * row, row, 64, s.T - 64 * (j + 1));
+        copy_commit();
+        if (!visible) continue;
+        #pragma unroll
+        for (int i = 0; i < 2; i++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int query = first + 16 * i + 8 * half + g;
+                float top = m[i][half], sum = 0;
+                #pragma unroll
+                for (int n = 0; n < 8; n++)
+                    #pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        if (64 * j + 8 * n + 2 * t + e % 2 > query) p[i][n][e] = -INFINITY;
+                        top = fmaxf(top, p[i][n][e]);
+                    }
+                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                float fade = exp2_fast((m[i][half] - top) * c), shift = top * c;
+                #pragma unroll
+                for (int n = 0; n < 8; n++)
+                    #pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) sum += p[i][n][e] = exp2_fast(fmaf(p[i][n][e], c, -shift));
+                m[i][half] = top, l[i][half] = l[i][half] * fade + sum;
+                #pragma unroll
+                for (int n = 0; n < D / 8; n++) o[i][n][2 * half] *= fade, o[i][n][2 * half + 1] *= fade;
+            }
+        #pragma unroll
+        for (int k = 0; k < 4; k++) {
+            uint32_t a[2][4];
+            #pragma unroll
+            for (int i = 0; i < 2; i++)
+                for (int e = 0; e < 4; e++) a[i][e] = pair_of(p[i][2 * k + e / 2][e % 2 * 2], p[i][2 * k + e / 2][e % 2 * 2 + 1]);
+            #pragma unroll
+            for (int d = 0; d < D / 16; d++) {
+                uint32_t bv[4];
+                flash_inner<D>(bv, V, 16 * k, d);
+                #pragma unroll
+                for (int i = 0; i < 2; i++) mma_bf16(o[i][2 * d], a[i], bv[0], bv[1]), mma_bf16(o[i][2 * d + 1], a[i], bv[2], bv[3]);
+            }
+        }
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float inverse[2];
+        int rows = first + 16 * i;                                              // this fragment's first query
+        for (int half = 0; half < 2; half++) {
+            float sum = l[i][half];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            inverse[half] = 1 / sum;
+            int query = rows + 8 * half + g;
+            if (t == 0 && query < s.T) lse[((int64_t)b * s.T + query) * s.H + h] = fmaf(m[i][half], scale, log_(sum));
+        }
+        int64_t at = (((int64_t)b * s.T + rows) * s.H + h) * D;
+        bf16* own = Q + (32 * warp + 16 * i) * D;                               // this warp alone read these rows
+        flash_store<D>(out + at, (int64_t)s.H * D, s.T - rows, own, [&](int n, int e) { return o[i][n][e] * inverse[e / 2]; });
+        if (low) flash_store<D>(low + at, (int64_t)s.H * D, s.T - rows, own, [&](int n, int e) {
+            float v = o[i][n][e] * inverse[e / 2];
+            return v - as_act(v);
+        });
+    }
+}
+
+// Block: 64 queries of one (sequence, head): dQ = scale sum over keys of P (dP - delta) K.
+template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_queries(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
+                                                                                Heads s, float scale) {
+    bf16* stages = (bf16*)shared_memory();                                      // two, of 64 keys and 64 values
+    auto K = [=](int j) { return stages + j % 2 * 128 * D; };
+    auto V = [=](int j) { return K(j) + 64 * D; };
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int blocks = (s.T + 63) / 64, heads = s.B * s.H;
+    int block = blocks - 1 - (int)blockIdx.x / heads, b = blockIdx.x % heads / s.H, h = blockIdx.x % s.H, kv = h / (s.H / s.KV);
+    int q0 = 64 * block, first = q0 + 16 * warp;
+    int64_t row = s.row(), start = (int64_t)b * s.T;
+    const bf16* base = qkv + start * row;
+    const bf16 *keys = base + (s.H + kv) * D, *values = keys + s.KV * D;
+    // The queries and dO pass through the second stage on their way to registers.
+    flash_load<D>(K(1), base + q0 * row + h * D, row, 64, s.T - q0);
+    flash_load<D>(V(1), dout + ((start + q0) * s.H + h) * D, (int64_t)s.H * D, 64, s.T - q0);
+    flash_load<D>(K(0), keys, row, 64, s.T);
+    flash_load<D>(V(0), values, row, 64, s.T);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    uint32_t q[D / 16][4], go[D / 16][4];
+    #pragma unroll
+    for (int k = 0; k < D / 16; k++) flash_rows<D>(q[k], K(1), 16 * warp, k), flash_rows<D>(go[k], V(1), 16 * warp, k);
+    float L[2], dl[2];
+    for (int half = 0; half < 2; half++) {
+        int64_t at = (start + min(first + 8 * half + g, s.T - 1)) * s.H + h;
+        L[half] = lse[at] * log2_e, dl[half] = delta[at];
+    }
+    float dq[D / 8][4] = {};
+    for (int j = 0; j <= block; j++) {
+        copy_wait<0>();
+        __syncthreads();                                                        // tile j is here; nobody reads the other stage any more
+        if (j < block) {
+            flash_load<D>(K(j + 1), keys + 64 * (j + 1) * row, row, 64, s.T - 64 * (j + 1));
+            flash_load<D>(V(j + 1), values + 64 * (j + 1) * row, row, 64, s.T - 64 * (j + 1));
+        }
+        copy_commit();
+        float p[8][4], dp[8][4];
+        flash_product<D>(p, q, K(j));
+        flash_product<D>(dp, go, V(j));
+        #pragma unroll
+        for (int n = 0; n < 8; n++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+                bool seen = 64 * j + 8 * n + 2 * t + e % 2 <= first + 8 * (e / 2) + g;
+                float v = exp2_fast(fmaf(p[n][e], scale * log2_e, -L[e / 2]));
+                p[n][e] = seen ? v * (dp[n][e] - dl[e / 2]) * scale : 0.f;
+            }
+        flash_accumulate<D>(dq, p, K(j));
+    }
+    __syncthreads();                                                            // every warp has read its last tile
+    flash_store<D>(dqkv + (start + first) * row + h * D, row, s.T - first, K(0) + 16 * warp * D, [&](int n, int e) { return dq[n][e]; });
+}
+
+// Block: 64 keys of one (sequence, key/value head), over all queries after them of every head of the group:
+// dV = sum of P^T dO, dK = scale sum of (P (dP - delta))^T Q. Everything is transposed: rows are keys, columns queries.
+template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_keys(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
+                                                                             Heads s, float scale) {
+    bf16 *K = (bf16*)shared_memory(), *V = K + 64 * D, *stages = V + 64 * D;    // two stages, of 64 queries and their dO
+    auto Q = [=](int n) { return stages + n % 2 * 128 * D; };
+    auto G = [=](int n) { return Q(n) + 64 * D; };
+    float* stats = (float*)(stages + 256 * D);                                  // two stages of: lse of 64 queries, delta of 64
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int heads = s.B * s.KV, block = blockIdx.x / heads, b = blockIdx.x % heads / s.KV, kv = blockIdx.x % s.KV, group = s.H / s.KV;
+    int k0 = 64 * block, first = k0 + 16 * warp, tiles = (s.T + 63) / 64 - block;       // query tiles of one head
+    int64_t row = s.row(), start = (int64_t)b * s.T, key_at = (s.H + kv) * D, value_at = key_at + s.KV * D;
+    const bf16* base = qkv + start * row;
+    // Visit n: head and query tile.
+    auto head = [&](int n) { return kv * group + n / tiles; };
+    auto query = [&](int n) { return k0 + 64 * (n % tiles); };
+    auto load = [&](int n) {
+        int h = head(n), i0 = query(n);
+        flash_load<D>(Q(n), base + i0 * row + h * D, row, 64, s.T - i0);
+        flash_load<D>(G(n), dout + ((start + i0) * s.H + h) * D, (int64_t)s.H * D, 64, s.T - i0);
+    };
+    auto statistic = [&](int n) {                                               // this lane's of visit n: lse or delta of one query
+        int i = query(n) + (int)threadIdx.x % 64;
+        const float* from = threadIdx.x < 64 ? lse : delta;
+        return i < s.T ? from[(start + i) * s.H + head(n)] * (threadIdx.x < 64 ? log2_e : 1.f) : 0.f;
+    };
+    flash_load<D>(K, base + k0 * row + key_at, row, 64, s.T - k0);
+    flash_load<D>(V, base + k0 * row + value_at, row, 64, s.T - k0);
+    load(0);
+    copy_commit();
+    stats[threadIdx.x] = statistic(0);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    int visits = group * tiles;
+    for (int n = 0; n < visits; n++) {
+        copy_wait<0>();
+        __syncthreads();                                                        // visit n is here; nobody reads the other stage any more
+        float next = 0;
+        if (n + 1 < visits) load(n + 1), next = statistic(n + 1);
+        copy_commit();
+        const float* stat = stats + n % 2 * 128;
+        int i0 = query(n);
+        float p[8][4], dp[8][4];
+        {
+            uint32_t a[D / 16][4];
+            #pragma unroll
+            for (int k = 0; k < D / 16; k++) flash_rows<D>(a[k], K, 16 * warp, k);
+            flash_product<D>(p, a, Q(n));
+            #pragma unroll
+            for (int k = 0; k < D / 16; k++) flash_rows<D>(a[k], V, 16 * warp, k);
+            flash_product<D>(dp, a, G(n));
+        }
+        #pragma unroll
+        for (int c = 0; c < 8; c++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int i = 8 * c + 2 * t + e % 2, key = first + 8 * (e / 2) + g;
+                bool seen = i0 + i >= key && i0 + i < s.T;
+                p[c][e] = seen ? exp2_fast(fmaf(p[c][e], scale * log2_e, -stat[i])) : 0.f;
+                dp[c][e] = seen ? p[c][e] * (dp[c][e] - stat[64 + i]) * scale : 0.f;
+            }
+        flash_accumulate<D>(dv, p, G(n));
+        flash_accumulate<D>(dk, dp, Q(n));
+        stats[(n + 1) % 2 * 128 + threadIdx.x] = next;
+    }
+    bf16* to = dqkv + (start + first) * row;
+    flash_store<D>(to + key_at, row, s.T - first, K + 16 * warp * D, [&](int n, int e) { return dk[n][e]; });
+    flash_store<D>(to + value_at, row, s.T - first, V + 16 * warp * D, [&](int n, int e) { return dv[n][e]; });
+}
+
+// Whether these kernels serve this shape; if not, attention.cuh has plain ones.
+inline bool flash_serves(const Heads& s) { return sizeof(act_t) == sizeof(bf16) && (s.D == 64 || s.D == 128); }
+
+template <int D> void flash_forward_run(Ctx& ctx, bf16* out, bf16* low, float* lse, const bf16* qkv, Heads s, float scale) {
+    start(ctx, flash_forward<D>, (int64_t)(s.T + 127) / 128 * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), out, low, lse, qkv, s, scale);
+}
+template <int D> void flash_backward_run(Ctx& ctx, bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, Heads s, float scale) {
+    int64_t blocks = (s.T + 63) / 64;
+    start(ctx, flash_queries<D>, blocks * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), dqkv, qkv, dout, lse, delta, s, scale);
+    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, 384 * D * sizeof(bf16) + 256 * sizeof(float), dqkv, qkv, dout, lse, delta, s, scale);
+}
+#endif
