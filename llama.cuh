@@ -190,6 +190,7 @@ inline std::vector<Tensor> tensor_table(const Config& c) {
 }
 
 // The bases of every linear layer's X, W and D (k x in, k x in, k x out): state of the split recipes, saved beside the optimiser's.
+// That of a W whose factors are trained stays zero: V is its basis.
 inline std::vector<Tensor> basis_table(const std::vector<Tensor>& tensors, int k) {
     std::vector<Tensor> table;
     size_t offset = 0;
@@ -473,13 +474,11 @@ inline const Recipe* recipe_of(const Precision& p, int layers, int layer, int ki
 inline std::vector<Tensor> factor_table(const std::vector<Tensor>& tensors, const Precision& p, int layers, int k) {
     std::vector<Tensor> table;
     size_t offset = arena_size(tensors);
-    int linear = 0;
+    int next = 0;
     for (const Tensor& t : tensors) {
-        if (!t.quantised || !recipe_of(p, layers, linear / 4, linear % 4, Use::train, 0)->split.trained) {
-            linear += t.quantised;
-            continue;
-        }
-        linear++;
+        int linear = next;
+        next += t.quantised;
+        if (!t.quantised || !recipe_of(p, layers, linear / 4, linear % 4, Use::train, 0)->split.trained) continue;
         table.push_back({t.name + ".w_r", t.rows, t.cols, 2, true, true, 0, t.offset, {{t.name + ".w_r", t.rows}}});
         auto add = [&](const std::string& name, int64_t rows, int64_t cols, int dims) {
             table.push_back({name, rows, cols, dims, dims == 2, false, 0, offset, {{name, rows}}});
