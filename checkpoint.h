@@ -12,6 +12,8 @@
 //         config.json             the model, as transformers' LlamaForCausalLM reads it
 //         model.safetensors       float32 weights under their Hugging Face names
 //         optimizer.safetensors   the same names + .exp_avg and .exp_avg_sq (AdamW's m and v)
+//         bases.safetensors       of recipes with a split: what they keep from step to step
+//         factors.safetensors     of trained factors: W_R, U, s and V, whose merged W is in model.safetensors
 //         state.json              whatever else a resumed run needs, and every other file's size and checksum; written last
 //     *.tmp                       being written, or being deleted, when the program was killed; remove_leftovers() sweeps them
 //

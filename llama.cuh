@@ -190,6 +190,7 @@ inline std::vector<Tensor> tensor_table(const Config& c) {
 }
 
 // The bases of every linear layer's X, W and D (k x in, k x in, k x out): state of the split recipes, saved beside the optimiser's.
+// That of a W whose factors are trained stays zero: V is its basis.
 inline std::vector<Tensor> basis_table(const std::vector<Tensor>& tensors, int k) {
     std::vector<Tensor> table;
     size_t offset = 0;
@@ -468,6 +469,26 @@ inline const Recipe* recipe_of(const Precision& p, int layers, int layer, int ki
     return p.end > 0 && progress >= 1 - p.end ? &p.late : &p.recipe;
 }
 
+// What split.trained makes parameters, four tensors for every W that is split: W_R, in W's own place, then U, s and V, behind the model's
+// tensors in every arena. Linear layers that begin in bf16 have none.
+inline std::vector<Tensor> factor_table(const std::vector<Tensor>& tensors, const Precision& p, int layers, int k) {
+    std::vector<Tensor> table;
+    size_t offset = arena_size(tensors);
+    int next = 0;
+    for (const Tensor& t : tensors) {
+        int linear = next;
+        next += t.quantised;
+        if (!t.quantised || !recipe_of(p, layers, linear / 4, linear % 4, Use::train, 0)->split.trained) continue;
+        table.push_back({t.name + ".w_r", t.rows, t.cols, 2, true, true, 0, t.offset, {{t.name + ".w_r", t.rows}}});
+        auto add = [&](const std::string& name, int64_t rows, int64_t cols, int dims) {
+            table.push_back({name, rows, cols, dims, dims == 2, false, 0, offset, {{name, rows}}});
+            offset += (table.back().size() + 63) / 64 * 64;
+        };
+        add(t.name + ".u", t.rows, k, 2), add(t.name + ".s", 1, k, 1), add(t.name + ".v", k, t.cols, 2);
+    }
+    return table;
+}
+
 // Activations of one layer. With recomputation several layers share a buffer.
 struct LayerActs {
     act_t* x;            // (N, C)      the layer's input, on the residual stream
@@ -493,6 +514,7 @@ struct MemoryPlan {
 struct Model {
     Config config;
     std::vector<Tensor> tensors;
+    std::vector<Tensor> factors, trained;                    // W_R, U, s, V of every W that has them; all that the optimiser moves
     size_t arena = 0;                                        // elements of each of params, grads, m, v
     int B = 0, T = 0;                                        // the largest batch and length that activations have room for
     Recompute recompute = Recompute::none;
@@ -624,6 +646,7 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
             s.scales = scratch.take<float>(4);
         }
         m.operands.inner = scratch.take<acc_t>(k * k);
+        m.operands.merged = m.factors.empty() ? nullptr : scratch.take<acc_t>(std::max({Q * C, C * A, 2 * F * C}));
         int64_t samples = sampled_rows(p.recipe.split, (int)k, N);
         SubspaceScratch& u = m.operands.subspace;
         u.sample = scratch.take<acc_t>(samples * wide), u.z = scratch.take<acc_t>(q * wide);
@@ -643,8 +666,11 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
 inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute recompute, const Precision& precision, bool train, bool shadows = false) {
     m.config = c, m.B = B, m.T = T, m.recompute = recompute, m.precision = precision, m.shadows = shadows;
     m.tensors = tensor_table(c);
-    m.arena = arena_size(m.tensors);
     m.k = is_split(precision.recipe) || is_split(precision.eval) ? split_rank(precision.recipe.split, c.dim) : 0;
+    m.factors = factor_table(m.tensors, precision, c.layers, m.k);
+    m.trained = m.tensors;
+    std::copy_if(m.factors.begin(), m.factors.end(), std::back_inserter(m.trained), [](const Tensor& t) { return !t.quantised; });      // W_R is there
+    m.arena = arena_size(m.trained);
     m.bases = m.k ? basis_table(m.tensors, m.k) : std::vector<Tensor>();
     return m.plan = plan_memory(m, train, nullptr, nullptr, nullptr);
 }
@@ -674,7 +700,7 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
     to_device(ctx, m.sine, sine.data(), sine.size() * sizeof(acc_t));
 
     // The table's order is the model's: embed, six tensors a layer, final_norm, head unless tied.
-    size_t next = 0, basis = 0;
+    size_t next = 0, basis = 0, factor = 0;
     auto weight = [&]() { return m.params + m.tensors[next].offset; };
     auto grad = [&]() { return train ? m.grads + m.tensors[next].offset : nullptr; };
     auto take = [&](acc_t*& w, acc_t*& g) { w = weight(), g = grad(), next++; };
@@ -685,6 +711,15 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
         if (t.quantised && m.k) {
             l.splits.k = m.k;
             for (int i = 0; i < 3; i++, basis++) l.splits.basis[i] = m.basis + m.bases[basis].offset, l.splits.projected[i] = m.projected[basis];
+            if (factor < m.factors.size() && m.factors[factor].offset == t.offset) {
+                auto in = [&](acc_t* arena) {
+                    auto at = [&](int i) { return arena + m.factors[factor + i].offset; };
+                    return Triplets{at(1), at(2), at(3)};
+                };
+                l.splits.factors = in(m.params);
+                if (train) l.splits.grads = in(m.grads);
+                factor += 4;
+            }
         }
         next++;
         return l;
@@ -710,6 +745,13 @@ inline void initialise(Ctx& ctx, Model& m) {
         const Tensor& t = m.tensors[i];
         initialise(ctx, m.params + t.offset, (int64_t)t.size(), t.init_std, {ctx.seed, 0, 0, (uint32_t)i, 0, Purpose::init});
     }
+}
+
+// Calls f(linear) for every linear layer whose factors of W are trained.
+template <class F> void for_trained(const Model& m, F f) {
+    for (int l = 0; l < m.config.layers; l++)
+        for (const Linear* lin : m.linears[l].all)
+            if (lin->splits.factors.u) f(*lin);
 }
 
 // Block l from its normalised input h1 to down's input s; what it adds to the stream is down(s) on top of mid.

@@ -145,12 +145,12 @@ inline std::string cell_text(Operand c) {
     return text;
 }
 
-// split.KEY=VALUE: how bases are found.
+// split.KEY=VALUE: how bases are found, and whether W's factors are trained.
 inline void set_split(SplitPlan& p, const std::string& change, const std::string& key, const std::string& value) {
     struct { const char* name; double* real; int* whole; double low, high; } numbers[] = {
         {"rank", &p.rank, nullptr, 0.01, 100}, {"sample", &p.sample, nullptr, 0.001, 100}, {"refresh", nullptr, &p.refresh, 0, 1e6},
         {"oversample", nullptr, &p.oversample, 0, 64}, {"cold", nullptr, &p.cold, 0, 20}, {"warm", nullptr, &p.warm, 0, 20},
-        {"restart", nullptr, &p.restart, 0, 1}, {"k", nullptr, &p.k, 0, 4096}};
+        {"restart", nullptr, &p.restart, 0, 1}, {"k", nullptr, &p.k, 0, 4096}, {"trained", nullptr, &p.trained, 0, 1}};
     std::string all;
     for (auto& n : numbers) {
         all += (all.empty() ? "" : ", ") + std::string(n.name);
@@ -233,6 +233,7 @@ inline void check_recipe(const Recipe& r) {
         if (is_float_stored(c.format) != is_float_stored(other.format)) refuse("f32 and e2m1 meet only f32 and e2m1 in a GEMM");
         if (c.along == Along::other && c.hadamard) refuse("a hadamard lies along the contracted axis");
         if (c.draws == Draws::before && made_before[i] == operand_count) refuse("it is the first operand of its matrix: there are no draws before");
+        if (r.split.trained && matrix_of[i] == matrix_w && !c.split) refuse("split.trained=1 needs W split in both of its GEMMs");
     }
 }
 
@@ -251,19 +252,22 @@ inline bool is_split(const Recipe& r) {
 // ---------------------------------------------------------------------------------------------------------------------------
 // The linear layer
 
+// Factors of W that are parameters beside W_R, which lies in W's place (split.trained): W = W_R + U diag(s) V. Or their gradients.
+struct Triplets { acc_t *u = nullptr, *s = nullptr, *v = nullptr; };       // (out x k), (k), (k x in)
+
 // What a linear layer keeps of its matrices' splits: bases, rows of length `cols`, part of the checkpoint; and M B from fprop to wgrad.
 struct Splits {
     int k = 0;                             // the rank; 0: no cell of this layer's recipe splits
     acc_t* basis[3] = {};                  // of X (k x in), W (k x in), D (k x out)
     acc_t* projected[3] = {};              // X B (rows x k), W B (out x k), D B (rows x k; shared by all layers)
+    Triplets factors = {}, grads = {};     // null: W is split on the fly, or not at all
 };
 
 // One weight matrix and how it is used. w and dw are (out x in), row-major.
 struct Linear {
     std::string fprop, dgrad, wgrad;       // the profiler's names of its GEMMs
     int64_t in, out;
-    const acc_t* w;
-    acc_t* dw;
+    acc_t *w, *dw;
     const Recipe* recipe;
     uint32_t id = 0;                       // which linear layer of the model: part of the names of its random draws
     float* scales = nullptr;               // S_enc and S_dec of X, of W and of D, kept from fprop to wgrad; null: made for every operand
@@ -288,6 +292,7 @@ struct OperandScratch {
     bool refresh = false;                                  // bases may be refreshed: training, no recomputation
     SideScratch side[2] = {};
     acc_t* inner = nullptr;                                // C_p^T C_q (k x k)
+    acc_t* merged = nullptr;                               // W_R + U diag(s) V of any one W (out x in), if W's factors are trained
     SubspaceScratch subspace = {};
 };
 
@@ -307,6 +312,7 @@ inline size_t operand_bytes(Operand cell, Type source, int64_t elements) {
 inline int64_t thin_columns(const Recipe& r, Which which, int k) { return k * (r.cell[which].split + r.cell[which ^ 1].split); }
 
 struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;
+struct split_merged; struct split_gradients;
 
 template <class To, class From> void convert(Ctx& ctx, To* to, int64_t ld, const From* from, int64_t rows, int64_t cols, bool round_bf16) {
     Cost cost = {double(rows) * cols * (sizeof(To) + sizeof(From)), 0};
@@ -359,30 +365,9 @@ struct Prepared {
     const acc_t* l = nullptr;
 };
 
-// A, L and B of `source` (rows x cols) and what they leave of it to quantise: fills call.low_a, low_b, k; p's o, c, l as of axis row.
-inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, QuantCall& call, Mat source, Prepared& p) {
-    const SideScratch& side = s.side[which & 1];
-    const Recipe& recipe = *lin.recipe;
-    Operand cell = call.cell;
-    int k = lin.splits.k;
-    int64_t rows = call.rows, cols = call.cols, chunks = (rows + 255) / 256;
-    Type type = operand_type(cell.format);
-    acc_t *basis = lin.splits.basis[matrix_of[which]], *t = lin.splits.projected[matrix_of[which]];
-    Mat qa = {side.a, type, k}, qb = {side.b, type, cols};
-
-    bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;
-    if (first) {
-        const SplitPlan& plan = recipe.split;
-        bool due = plan.refresh == 0 || (ctx.micro == 0 && (ctx.step == 0 || (ctx.step + lin.id) % plan.refresh == 0));
-        int64_t samples = matrix_of[which] == matrix_w ? rows : sampled_rows(plan, k, rows);
-        RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rows};
-        if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, plan, ctx.step > 0 && !plan.restart, key, s.subspace);
-        Mat b = mat((const acc_t*)basis, cols);
-        if (source.type == Type::bf16) convert(ctx, qb, b, k, cols, true), b = qb;
-        matmul(ctx, "split M B", t, k, source, b.transposed(), rows, k, cols, 0);
-    }
-    // L: the lengths of the columns of M B, in a fixed order; A = M B / L.
-    acc_t *partial = side.partial, *l = side.norms, *unit = side.unit;
+// l: the lengths of the columns of t = M B (rows x k), in a fixed order; unit = t / l, which may be t itself. partial: (chunks x k).
+inline void unit_columns(Ctx& ctx, acc_t* unit, acc_t* l, const acc_t* t, int64_t rows, int k, acc_t* partial) {
+    int64_t chunks = (rows + 255) / 256;
     for_rows<split_norms>(ctx, {(double)rows * k * sizeof(acc_t), 0}, chunks, KERNEL(Group<32> g, int64_t r) {
         acc_t* sum = partial + r * k;
         g.each(k, [=](int j) {
@@ -400,6 +385,86 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
     for_rows<split_factors>(ctx, {2. * rows * k * sizeof(acc_t), 0}, rows, KERNEL(Group<32> g, int64_t r) {
         g.each(k, [=](int j) { unit[r * k + j] = l[j] > 0 ? t[r * k + j] / l[j] : l[j]; });
     });
+}
+
+// to (out x in) = W_R + sign U diag(s) V. With -1, W_R standing for W, it is what the factors leave of W.
+inline void merge_factors(Ctx& ctx, acc_t* to, const Linear& lin, acc_t sign) {
+    const acc_t *w = lin.w, *u = lin.splits.factors.u, *s = lin.splits.factors.s, *v = lin.splits.factors.v;
+    int k = lin.splits.k, cols = (int)lin.in;
+    for_rows<split_merged>(ctx, {2. * lin.out * cols * sizeof(acc_t), 2. * lin.out * cols * k}, lin.out, KERNEL(Group<32> g, int64_t r) {
+        acc_t* row = to + r * cols;
+        if (to != w) g.map(cols, [](acc_t& o, acc_t x) { o = x; }, out(row), w + r * cols);
+        for (int j = 0; j < k; j++) {
+            acc_t a = sign * u[r * k + j] * s[j];
+            g.sync();                                                         // rows of odd lengths change which lane owns which column
+            g.map(cols, [=](acc_t& o, acc_t x) { o += a * x; }, row, v + (int64_t)j * cols);
+        }
+    });
+}
+
+// W becomes W_R, U, s and V: its k largest singular triplets as 30 power iterations from a cold start find them, and what they leave. A
+// direction's error falls with (sigma_q+1 / sigma_k)^60: where a spectrum is that flat, the factors are of others as large. Nothing is
+// lost either way: V is orthonormal, s and U are W V^T, and merge_factors() gives W back but for float rounding.
+inline void split_weight(Ctx& ctx, const Linear& lin, const OperandScratch& s) {
+    const Triplets& f = lin.splits.factors;
+    SplitPlan plan = lin.recipe->split;
+    plan.cold = 30;
+    Mat w = mat(lin.w, lin.in);
+    refresh_basis(ctx, f.v, lin.splits.k, w, lin.out, lin.in, lin.out, plan, false, {ctx.seed, 0, 0, lin.id, fprop_w, Purpose::rows}, s.subspace);
+    matmul(ctx, "split M B", f.u, lin.splits.k, w, mat(f.v, lin.in).transposed(), lin.out, lin.splits.k, lin.in, 0);
+    unit_columns(ctx, f.u, f.s, f.u, lin.out, lin.splits.k, s.side[1].partial);
+    merge_factors(ctx, lin.w, lin, -1);
+}
+
+// Gradients of the factors from G = dL/dW (which is W_R's), once it holds all of a step's micro-batches:
+//     dU = G V^T diag(s),  ds_i = u_i^T G v_i,  dV = diag(s) U^T G
+// of the factors as they are stored, straight through their rounding, as G is through W_R's: fprop and dgrad round along different axes.
+inline void factor_gradients(Ctx& ctx, const Linear& lin) {
+    const Triplets &f = lin.splits.factors, &d = lin.splits.grads;
+    const acc_t *s = f.s, *v = f.v;
+    acc_t *du = d.u, *ds = d.s, *dv = d.v;
+    int k = lin.splits.k, cols = (int)lin.in;
+    Mat grad = mat(lin.dw, lin.in);
+    matmul(ctx, "split G V", du, k, grad, mat(v, lin.in).transposed(), lin.out, k, lin.in, 0);
+    matmul(ctx, "split U G", dv, lin.in, mat(f.u, k).transposed(), grad, k, lin.in, lin.out, 0);
+    for_rows<split_gradients, 128>(ctx, {3. * k * cols * sizeof(acc_t), 0}, k, KERNEL(Group<128> g, int64_t j) {
+        acc_t sum = g.sum(cols, [](acc_t a, acc_t b) { return a * b; }, (const acc_t*)dv + j * cols, v + j * cols);
+        g.map(cols, [=](acc_t& o) { o *= s[j]; }, dv + j * cols);
+        if (g.lane() == 0) ds[j] = sum;
+    });
+    for_rows<split_gradients>(ctx, {2. * lin.out * k * sizeof(acc_t), 0}, lin.out, KERNEL(Group<32> g, int64_t r) {
+        g.each(k, [=](int j) { du[r * k + j] *= s[j]; });
+    });
+}
+
+// A, L and B of `source` (rows x cols) and what they leave of it to quantise: fills call.low_a, low_b, k; p's o, c, l as of axis row.
+// Of a W whose factors are trained, `source` is W_R: all of it is left.
+inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, QuantCall& call, Mat source, Prepared& p) {
+    const SideScratch& side = s.side[which & 1];
+    const Recipe& recipe = *lin.recipe;
+    Operand cell = call.cell;
+    int k = lin.splits.k;
+    int64_t rows = call.rows, cols = call.cols;
+    Type type = operand_type(cell.format);
+    acc_t *basis = lin.splits.basis[matrix_of[which]], *t = lin.splits.projected[matrix_of[which]];
+    const acc_t *unit = side.unit, *l = side.norms;
+    Mat qa = {side.a, type, k}, qb = {side.b, type, cols};
+
+    const Triplets& own = lin.splits.factors;
+    bool trained = matrix_of[which] == matrix_w && own.u;
+    if (trained) unit = own.u, l = own.s, basis = own.v;
+    bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;
+    if (first && !trained) {
+        const SplitPlan& plan = recipe.split;
+        bool due = plan.refresh == 0 || (ctx.micro == 0 && (ctx.step == 0 || (ctx.step + lin.id) % plan.refresh == 0));
+        int64_t samples = matrix_of[which] == matrix_w ? rows : sampled_rows(plan, k, rows);
+        RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rows};
+        if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, plan, ctx.step > 0 && !plan.restart, key, s.subspace);
+        Mat b = mat((const acc_t*)basis, cols);
+        if (source.type == Type::bf16) convert(ctx, qb, b, k, cols, true), b = qb;
+        matmul(ctx, "split M B", t, k, source, b.transposed(), rows, k, cols, 0);
+    }
+    if (!trained) unit_columns(ctx, side.unit, side.norms, t, rows, k, side.partial);
     if (cell.factors == Factors::exact) convert(ctx, qa, mat((const acc_t*)unit, k), rows, k, true), convert(ctx, qb, mat((const acc_t*)basis, cols), k, cols, true);
     else {
         Operand thin = {cell.format, Block::vector, cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest, cell.scale};
@@ -412,6 +477,8 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         quantise_operand(ctx, b, false, qb, mat((const acc_t*)basis, cols));
         if (has_tensor_scale(cell.format)) qa.scale = a.scale + 1, qb.scale = b.scale + 1;
     }
+    p.split = true, p.o = qa, p.c = qb, p.l = l;
+    if (trained) return;
     // The low-rank part that the residual is taken against, in float.
     call.k = k;
     if (cell.residual == Residual::exact) call.low_a = t, call.low_b = basis;
@@ -429,7 +496,6 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         });
         call.low_a = low_a, call.low_b = low_b;
     }
-    p.split = true, p.o = qa, p.c = qb, p.l = l;
 }
 
 // Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in s.a or s.b unless it can be used
@@ -438,6 +504,8 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
     Operand cell = lin.recipe->cell[which];
     bool second = which & 1;
     int64_t thin = thin_columns(*lin.recipe, which, lin.splits.k);
+    if (matrix_of[which] == matrix_w && lin.splits.factors.u && !cell.split)      // a bf16 row, or another of evaluation's: it knows no factors
+        merge_factors(ctx, s.merged, lin, 1), source = mat((const acc_t*)s.merged, cols);
     Prepared p;
     p.r = source;
     if (thin || operand_bytes(cell, source.type, 1) != 0) {

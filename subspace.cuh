@@ -22,6 +22,7 @@ struct SplitPlan {
     double rank = 1.5, sample = 1;
     int refresh = 8, oversample = 8, cold = 2, warm = 1;      // steps between refreshes (0: at every call); extra directions; power iterations
     int restart = 0, k = 0;                                   // 1: refreshes start cold; the rank itself in place of a percentage
+    int trained = 0;                                          // 1: W's factors are parameters, found once (metis.cuh, split_weight)
 };
 // k: the rank in use, a multiple of 16 (the block that A is quantised in).
 inline int split_rank(const SplitPlan& p, int width) { return p.k ? (p.k + 15) / 16 * 16 : std::max(16, ((int)std::ceil(p.rank * width / 100) + 15) / 16 * 16); }

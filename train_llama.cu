@@ -495,6 +495,7 @@ static StepResult train_step(Run& run, double lr) {
     m.operands.tally = tally ? m.tally : nullptr;
     StepResult r;
     r.loss = accumulate(run, Use::train);
+    for_trained(m, [&](const Linear& lin) { factor_gradients(ctx, lin); });
     m.operands.tally = nullptr;
     if (tally) r.tally.resize(operand_count), to_host(ctx, r.tally.data(), m.tally, operand_count * sizeof(Tally));
     sum_squares(ctx, m.norm_partial, m.grads, m.arena);
@@ -514,7 +515,7 @@ static StepResult train_step(Run& run, double lr) {
     double t = (double)(run.step + 1);
     AdamW adam = {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, (acc_t)(1 - std::pow(0.9, t)), (acc_t)(1 - std::pow(0.95, t))};
     if (o.clip > 0) adam.clip = std::min<acc_t>(1, (acc_t)(o.clip / (r.norm + 1e-6)));
-    for (const Tensor& tensor : m.tensors) {
+    for (const Tensor& tensor : m.trained) {
         adam.decay = tensor.decay ? (acc_t)o.decay : 0;
         adamw_step(ctx, m.params + tensor.offset, m.m + tensor.offset, m.v + tensor.offset, m.grads + tensor.offset, (int64_t)tensor.size(), adam);
     }
@@ -705,12 +706,22 @@ static void save(Run& run, FILE* log) {
             return (const float*)buffer.data();
         };
     };
+    // model.safetensors holds W as everybody else knows it: merged, a whole tensor at a time, when its first piece is asked for.
+    const Linear* merged = nullptr;
+    auto weights = [&, plain = source(m.params), whole = source(m.operands.merged)](size_t first, size_t count) {
+        const Linear* of = nullptr;
+        for_trained(m, [&](const Linear& lin) { if (lin.w <= m.params + first && m.params + first < lin.w + lin.in * lin.out) of = &lin; });
+        if (of && of != merged) merge_factors(run.ctx, m.operands.merged, *of, 1);
+        merged = of;
+        return of ? whole(m.params + first - of->w, count) : plain(first, count);
+    };
     nlohmann::ordered_json state = {{"options", saved_options(run.o)}, {"bad_steps", run.bad_steps}, {"build", BUILD},
         {"data", std::to_string(run.train_data.fingerprint())}};
     std::vector<CheckpointFile> files = {
-        {"model.safetensors", tensor_entries(m.tensors, {{"", source(m.params)}})},
-        {"optimizer.safetensors", tensor_entries(m.tensors, {{".exp_avg", source(m.m)}, {".exp_avg_sq", source(m.v)}})}};
+        {"model.safetensors", tensor_entries(m.tensors, {{"", weights}})},
+        {"optimizer.safetensors", tensor_entries(m.trained, {{".exp_avg", source(m.m)}, {".exp_avg_sq", source(m.v)}})}};
     if (m.k) files.push_back({"bases.safetensors", tensor_entries(m.bases, {{"", source(m.basis)}})});
+    if (!m.factors.empty()) files.push_back({"factors.safetensors", tensor_entries(m.factors, {{"", source(m.params)}})});
     std::string dir = save_checkpoint(run.o.out, run.step, write_config(m.config), files, state);
     prune_checkpoints(run.o.out, run.o.keep);
     printf("saved %s\n", dir.c_str());
@@ -864,6 +875,7 @@ static void report_precision(const Run& run) {
     for (int kind = 0; kind < 4; kind++)
         if (p.kept[kind]) printf(", every %s", linear_classes[kind]);
     if (p.end > 0) printf("; from step %lld %s", (long long)std::ceil((1 - p.end) * run.o.steps) + 1, run.o.bf16_end_gemms == "all" ? "everything" : "all fprop");
+    if (!m.factors.empty()) printf("; W_R, U, s and V are trained: %.2fM parameters more", (parameter_count(m.trained) - parameter_count(m.tensors)) * 1e-6);
     printf("\n         | %.1f%% of the step's FLOPs in 4 bits\n", 100 * four / (flops_per_token(m.config, run.o.seq) * tokens));
 }
 
@@ -1059,7 +1071,8 @@ int main(int argc, char** argv) {
     if ((o.eval_only || o.sample_only) && !resuming && is_split(precision.eval))
         fail("recipe %s needs bases, which only the checkpoint of a run by it has: give --resume DIR, or another --recipe", precision.eval.name.c_str());
     measure(run.model, config, o.batch, o.seq, recompute, precision, training, o.shadow_every > 0);
-    double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 12.0 * parameter_count(run.model.tensors);
+    double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 4.0 * (parameter_count(run.model.tensors) +
+        2 * parameter_count(run.model.trained) + parameter_count(run.model.bases) + parameter_count(run.model.factors));
     if (o.dry_run) {
         print_memory(run, training, stdout);
         printf("compute\n  %-14s %9.3f TFLOP a step (6 per weight and token, and causal attention)\n", "training", flops_per_token(config, o.seq) * run.tokens_per_step() * 1e-12);
@@ -1078,11 +1091,15 @@ int main(int argc, char** argv) {
     if (!checkpoint.empty()) {
         run.bad_steps = state.value("bad_steps", 0);
         load_parameters(WeightFiles(checkpoint), run.model.tensors, sink(ctx, run.model.params));
-        if (training) load_tensors(WeightFiles(checkpoint + "/optimizer.safetensors"), run.model.tensors,
+        if (training) load_tensors(WeightFiles(checkpoint + "/optimizer.safetensors"), run.model.trained,
             {{".exp_avg", sink(ctx, run.model.m)}, {".exp_avg_sq", sink(ctx, run.model.v)}});
         if (run.model.k) load_tensors(WeightFiles(checkpoint + "/bases.safetensors"), run.model.bases, {{"", sink(ctx, run.model.basis)}});
-    } else if (!weights.empty()) load_parameters(WeightFiles(weights), run.model.tensors, sink(ctx, run.model.params));
-    else initialise(ctx, run.model);
+        if (!run.model.factors.empty()) load_tensors(WeightFiles(checkpoint + "/factors.safetensors"), run.model.factors, {{"", sink(ctx, run.model.params)}});
+    } else {
+        if (!weights.empty()) load_parameters(WeightFiles(weights), run.model.tensors, sink(ctx, run.model.params));
+        else initialise(ctx, run.model);
+        for_trained(run.model, [&](const Linear& lin) { split_weight(ctx, lin, run.model.operands); });
+    }
 
     if (!o.out.empty() && !resuming && training) claim_folder(o.out);
 

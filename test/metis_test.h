@@ -1,4 +1,5 @@
-// metis_test.h: what test_subspace.cu and test_metis.cu share: matrices in double, and one call of refresh_basis() with its scratch.
+// metis_test.h: what test_subspace.cu and test_metis.cu share: matrices in double, their singular value decomposition, one call of
+// refresh_basis() with its scratch, and what it owes.
 #pragma once
 #include "../metis.cuh"
 #include "slow_quantiser.h"
@@ -88,4 +89,96 @@ inline double orthonormality(int q) { return 2 * (q + 3) * (1 + std::sqrt(q)) * 
 inline void check_orthonormal(Run& r, const Dense& basis, int q) {
     for (int64_t i = 0; i < basis.rows; i++)
         for (int64_t j = 0; j <= i; j++) r.verdict.close(dot(basis[i], basis[j], basis.cols), i == j, orthonormality(q), "basis row . row", i * basis.rows + j);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The reference: one-sided Jacobi
+
+// Columns are rotated in pairs until all are orthogonal (Hestenes): their lengths are the singular values, the rotations' product the
+// right singular vectors, here as rows, largest first.
+struct Svd {
+    std::vector<double> sigma;
+    Dense right;
+    double squares(int64_t from) const {                                      // of sigma[from] and all after it
+        double s = 0;
+        for (size_t i = from; i < sigma.size(); i++) s += sigma[i] * sigma[i];
+        return s;
+    }
+};
+inline Svd svd(const Dense& m) {
+    Dense a = transposed(m), v(m.cols, m.cols);
+    for (int64_t i = 0; i < v.rows; i++) v[i][i] = 1;
+    const double noise = 1e-18 * energy(m);
+    for (int sweep = 0, rotated = 1; rotated && sweep < 50; sweep++) {
+        rotated = 0;
+        for (int64_t i = 0; i < a.rows; i++)
+            for (int64_t j = i + 1; j < a.rows; j++) {
+                double x = dot(a[i], a[i], a.cols), y = dot(a[j], a[j], a.cols), z = dot(a[i], a[j], a.cols);
+                if (!(std::fabs(z) > noise && std::fabs(z) > 1e-14 * std::sqrt(x * y))) continue;
+                double theta = (y - x) / (2 * z), t = (theta >= 0 ? 1 : -1) / (std::fabs(theta) + std::sqrt(theta * theta + 1)), c = 1 / std::sqrt(t * t + 1), s = t * c;
+                auto rotate = [&](double* p, double* q, int64_t n) {
+                    for (int64_t k = 0; k < n; k++) {
+                        double before = p[k];
+                        p[k] = c * before - s * q[k], q[k] = s * before + c * q[k];
+                    }
+                };
+                rotate(a[i], a[j], a.cols), rotate(v[i], v[j], v.cols);
+                rotated++;
+            }
+    }
+    std::vector<std::pair<double, int64_t>> order;
+    for (int64_t i = 0; i < a.rows; i++) order.push_back({-std::sqrt(dot(a[i], a[i], a.cols)), i});
+    std::sort(order.begin(), order.end());
+    Svd result = {{}, Dense(m.cols, m.cols)};
+    for (int64_t i = 0; i < a.rows; i++) {
+        result.sigma.push_back(-order[i].first);
+        std::copy(v[order[i].second], v[order[i].second] + v.cols, result.right[i]);
+    }
+    return result;
+}
+
+// U diag(sigma) V^T with random orthonormal U and V, rounded to T.
+template <class T> Dense with_spectrum(Rng& rng, int64_t rows, int64_t cols, double (*sigma)(int)) {
+    int64_t n = std::min(rows, cols);
+    Dense left = orthonormal(gaussian(rng, n, rows)), right = orthonormal(gaussian(rng, n, cols));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < rows; j++) left[i][j] *= sigma((int)i);
+    Dense m = products(transposed(left), transposed(right));
+    for (double& v : m.v) v = sizeof(T) == 2 ? as_bf16(v) : (float)v;
+    return m;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// What a refresh owes
+
+// Energy of S (the sampled rows) outside the basis; its rows made orthonormal again in double, so that this is no more than the
+// subspace's. Rayleigh and Ritz choose the k best directions of z, from z S^T, which errs by (cols + 2) u of the lengths' product: so
+// quadratic forms, and the energy, may err by twice that, and by as much as z lacks in orthonormality, 2 (q + 3) u.
+inline double energy_u(const Refresh& f) { return 2 * (f.cols + f.q() + 5) * u; }
+inline double lost(const Dense& s, const Dense& basis) { return energy(s) - energy(products(s, orthonormal(basis))); }
+
+// What every refresh owes, whatever S is: rows orthonormal; no more energy than the best subspace has; Ritz's order: S B has orthogonal
+// columns, their lengths descending, none longer than the singular value at its place.
+inline void check_basis(Run& r, const Dense& s, const Svd& best, const Dense& basis, const Refresh& f) {
+    check_orthonormal(r, basis, f.q());
+    double total = energy(s), tol = (energy_u(f) + orthonormality(f.q())) * total;
+    r.verdict.note(lost(s, basis) >= best.squares(f.k) - tol, "lost %g, and the best subspace loses %g", lost(s, basis), best.squares(f.k));
+    Dense sb = transposed(products(s, basis));
+    for (int i = 0; i < f.k; i++) {
+        double e = dot(sb[i], sb[i], s.rows);
+        r.verdict.note(e <= best.sigma[i] * best.sigma[i] + tol, "direction %d holds %g, sigma^2 is %g", i, e, best.sigma[i] * best.sigma[i]);
+        if (i) r.verdict.note(e <= dot(sb[i - 1], sb[i - 1], s.rows) + tol, "direction %d holds %g, more than the one before", i, e);
+        for (int j = 0; j < i; j++) r.verdict.close(dot(sb[i], sb[j], s.rows), 0, tol, "S b . S b", i * f.k + j);
+    }
+}
+
+// Expected loss of the cold basis. Halko, Martinsson, Tropp (0909.4061), theorem 10.5: E |S - QQ'S|^2 <= (1 + k / (p - 1)) tail, tail =
+// the energy beyond the k largest directions, p = oversampling. Its proof (of theorem 9.1) exhibits k directions inside the range that
+// lose no more; Ritz's k lose the least of all, so the bound holds for them. P power iterations put S (S'S)^P in the place of S, and the
+// second term, |Sigma_2^(2P+1) W Sigma_1^(-2P)|^2, keeps at most (sigma_k+1 / sigma_k)^4P of what it was. Where q is S's rank or more, the
+// range is all of S.
+inline double expected_loss(const Svd& best, const Refresh& f) {
+    double tail = best.squares(f.k);
+    if (f.q() >= std::min(f.cols, f.samples) || tail == 0) return tail;
+    return tail * (1 + std::pow(best.sigma[f.k] / best.sigma[f.k - 1], 4 * f.plan.cold) * f.k / (f.plan.oversample - 1));
 }

@@ -135,6 +135,14 @@ SPLIT_MUTATIONS = [
      "bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;", "bool first = made_before[which] == operand_count;"),
     ("split: tensor scales taken over whatever the factors", "metis.cuh", "(!a.split || (a.factors == b.factors && a.residual == b.residual));", "true;"),
     ("split: tensor scales never taken over", "metis.cuh", "bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);", "bool scaled = false;"),
+    # trained factors
+    ("trained: few power iterations", "metis.cuh", "plan.cold = 30;", "plan.cold = 3;"),
+    ("trained: merged without s", "metis.cuh", "acc_t a = sign * u[r * k + j] * s[j];", "acc_t a = sign * u[r * k + j];"),
+    ("trained: a residual taken once more", "metis.cuh", "    if (trained) return;", ""),
+    ("trained: rows without a split see W_R", "metis.cuh", "lin.splits.factors.u && !cell.split)", "false)"),
+    ("trained: dU without s", "metis.cuh", "du[r * k + j] *= s[j];", ";"),
+    ("trained: dV without s", "metis.cuh", "[=](acc_t& o) { o *= s[j]; }", "[=](acc_t& o) { o *= 1; }"),
+    ("trained: ds of what dV has become", "metis.cuh", "ds[j] = sum;", "ds[j] = sum * s[j];"),
     # the product
     ("product: no term of both low-rank parts", "metis.cuh", "v += code(i) * (mine * own_l[i]) * inner[j * k + i];", ";"),
     ("product: inner transposed", "metis.cuh", "inner[j * k + i]", "inner[i * k + j]"),

@@ -1,4 +1,5 @@
-// test_metis.cu: Metis in metis.cuh against double: split operands, their products, the whole layer, and when it refreshes its bases.
+// test_metis.cu: Metis in metis.cuh against double: split operands, their products, the whole layer, when it refreshes its bases, and
+// weights whose factors are trained.
 //
 //     make build/cpu/test_metis && build/cpu/test_metis          -v also prints how much of its tolerance each test used
 //
@@ -43,6 +44,7 @@ struct Layer {
     };
     Buffer<act_t> x, d, y, dx;
     Buffer<acc_t> w, dw;
+    Buffer<acc_t> factor_u, factor_s, factor_v, grad_u, grad_s, grad_v, merged;
     Buffer<acc_t> basis_x, basis_w, basis_d, projected_x, projected_w, projected_d, inner, sample, z, y_, g;
     Buffer<uint8_t> a, b;
     Buffer<float> scales, matrix_scales, partial;
@@ -71,6 +73,7 @@ struct Layer {
         : r(run), recipe(cells), shape(sh), rows(sh.rows), in(sh.in), out(sh.out), k(sh.k), tall(std::max({rows, in, out})), wide(std::max(in, out)),
           samples(std::max({out, sampled_rows(recipe.split, (int)k, rows)})), q(k + recipe.split.oversample), size(largest()),
           x(r, rows * in), d(r, rows * out), y(r, rows * out), dx(r, rows * in), w(r, out * in), dw(r, out * in, [](int64_t i) { return 0.25 * (i % 7) - 1; }),
+          factor_u(r, out * k), factor_s(r, k), factor_v(r, k * in), grad_u(r, out * k), grad_s(r, k), grad_v(r, k * in), merged(r, out * in),
           basis_x(r, k * in), basis_w(r, k * in), basis_d(r, k * out), projected_x(r, rows * k), projected_w(r, out * k), projected_d(r, rows * k), inner(r, k * k),
           sample(r, samples * wide), z(r, q * wide), y_(r, q * std::max(samples, wide)), g(r, q * std::max(samples, wide)), a(r, (std::max(rows * in, rows * out) + 2 * k * tall) * size),
           b(r, (std::max(out * in, rows * in) + 2 * k * tall) * size), scales(r, 4), matrix_scales(r, 6), partial(r, partials()), gram(r, q * q), vectors(r, q * q + q + 2),
@@ -83,6 +86,19 @@ struct Layer {
         s.side[0] = first.scratch(), s.side[1] = second.scratch();
         s.subspace = {sample.p, z.p, y_.p, g.p, gram.p, vectors.p, state.p};
         r.ctx.seed = 11, r.ctx.step = r.ctx.micro = 0;
+        if (!recipe.split.trained) return;
+        lin.splits.factors = {factor_u.p, factor_s.p, factor_v.p}, lin.splits.grads = {grad_u.p, grad_s.p, grad_v.p}, s.merged = merged.p;
+        split_weight(r.ctx, lin, s);
+        w.fetch();
+    }
+    // Factors as training leaves them: neither orthonormal nor in order, and an s below zero.
+    void drift() {
+        Rng rng{5};
+        for (Buffer<acc_t>* f : {&factor_u, &factor_s, &factor_v}) {
+            for (acc_t& v : f->fetch().host) v += (acc_t)rng(0.05);
+            f->send();
+        }
+        factor_s.host[1] *= -1, factor_s.send();
     }
     Layer(const Layer&) = delete;
     ~Layer() { r.ctx.step = r.ctx.micro = 0; }
@@ -93,7 +109,8 @@ struct Layer {
     int64_t outer(int which) const { return axis(which) == Axis::row ? height(which) : width(which); }
     int64_t contracted(int which) const { return axis(which) == Axis::row ? width(which) : height(which); }
     std::vector<double> matrix(int which) const { return matrix_of[which] == matrix_x ? x.values() : matrix_of[which] == matrix_w ? w.values() : d.values(); }
-    Buffer<acc_t>& basis(int which) { return matrix_of[which] == matrix_x ? basis_x : matrix_of[which] == matrix_w ? basis_w : basis_d; }
+    bool trained(int which) const { return recipe.split.trained && matrix_of[which] == matrix_w; }
+    Buffer<acc_t>& basis(int which) { return trained(which) ? factor_v : matrix_of[which] == matrix_x ? basis_x : matrix_of[which] == matrix_w ? basis_w : basis_d; }
     Buffer<acc_t>& projected(int which) { return matrix_of[which] == matrix_x ? projected_x : matrix_of[which] == matrix_w ? projected_w : projected_d; }
     Prepared prepare(int which) {
         Mat source = matrix_of[which] == matrix_x ? mat((const act_t*)x.p, in) : matrix_of[which] == matrix_w ? mat((const acc_t*)w.p, in) : mat((const act_t*)d.p, out);
@@ -241,15 +258,20 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
     auto logical = [&](const Dense& a) { return turned ? transposed(a) : a; };
     Dense want = logical(m), err = magnitudes(want);
     if (p.split) {
-        Dense b(k, cols, t.basis(which).values()), proj(rows, k, t.projected(which).values()), seen = b;
-        check_orthonormal(r, b, (int)t.q);
+        bool own = t.trained(which);                                          // U, s and V as they are stored, and all of W_R
+        Dense b(k, cols, t.basis(which).values()), proj(rows, k, own ? t.factor_u.values() : t.projected(which).values()), seen = b;
+        if (!own) check_orthonormal(r, b, (int)t.q);
         bool half = sizeof(act_t) == 2 && matrix_of[which] != matrix_w;       // then B is rounded for the tensor cores, too
         for (double& v : seen.v) v = half ? as_bf16(v) : v;
         Dense exact = products(m, seen), size = products(magnitudes(m), magnitudes(seen));
-        for (int64_t i = 0; i < rows * k; i++) r.verdict.close(proj.v[i], exact.v[i], (half && on_gpu ? 8 : 1) * (cols + 2) * u * size.v[i], "M B", i);
-        Dense unit(rows, k);
+        for (int64_t i = 0; i < rows * k && !own; i++) r.verdict.close(proj.v[i], exact.v[i], (half && on_gpu ? 8 : 1) * (cols + 2) * u * size.v[i], "M B", i);
+        Dense unit = proj;
         for (int64_t j = 0; j < k; j++) {
             double ss = 0;
+            if (own) {
+                r.verdict.note(p.l[j] == t.factor_s[j], "L[%ld] is %.9g, s is %.9g", (long)j, p.l[j], t.factor_s[j]);
+                continue;
+            }
             for (int64_t i = 0; i < rows; i++) ss += proj[i][j] * proj[i][j];
             // A square is rounded, goes through 256 additions and one a chunk; the root halves a relative error, and rounds.
             r.verdict.close(p.l[j], std::sqrt(ss), (131 + rows / 512.) * u * std::sqrt(ss), "L", j);
@@ -276,7 +298,7 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
             for (Factor* f : {&abs.o, &abs.c}) f->v = magnitudes(f->v);
             low_size = abs.low();
         }
-        for (size_t i = 0; i < want.v.size(); i++) want.v[i] -= low.v[i], err.v[i] = (k + 4) * u * (err.v[i] + low_size.v[i]);
+        for (size_t i = 0; i < want.v.size(); i++) want.v[i] -= own ? 0 : low.v[i], err.v[i] = own ? 0 : (k + 4) * u * (err.v[i] + low_size.v[i]);
     } else
         for (double& v : err.v) v = 0;
     if (!is_quantised(cell.format)) {
@@ -309,9 +331,10 @@ static void check_product(Run& r, const Dense& got, const double* before, double
     };
     Parts abs_q = q;
     for (Factor* f : {&abs_q.r, &abs_q.o, &abs_q.c}) f->v = magnitudes(f->v);
+    for (double& l : abs_q.l) l = std::fabs(l);                               // a trained s may be below zero
     Dense rp = p.r.value(), rq = q.r.value(), want = products(p.folded(), q.folded()), main = products(rp, rq), size = products(magnitudes(rp), magnitudes(rq));
-    Dense v2 = part(q.folded(), p.c.value(), p.l), s2 = part(abs_q.folded(), magnitudes(p.c.value()), p.l);
-    Dense v1 = part(rp, q.c.value(), q.l), s1 = part(magnitudes(rp), magnitudes(q.c.value()), q.l);
+    Dense v2 = part(q.folded(), p.c.value(), p.l), s2 = part(abs_q.folded(), magnitudes(p.c.value()), p.l);      // X and D: L >= 0
+    Dense v1 = part(rp, q.c.value(), q.l), s1 = part(magnitudes(rp), magnitudes(q.c.value()), abs_q.l);
     Dense op = magnitudes(p.o.value()), oq = magnitudes(q.o.value());
     for (auto [v, s] : {std::pair<Dense*, Dense*>{&v2, &s2}, {&v1, &s1}})
         for (size_t i = 0; i < v->v.size(); i++) s->v[i] = thin_u * std::fabs(v->v[i]) + (K + 4 * k + 10) * pu * s->v[i];
@@ -329,6 +352,7 @@ static const Ablation ablations[] = {
     {"metis", ""}, {"metis", "x.split=no"}, {"metis", "w.split=no"}, {"metis", "d.split=no"}, {"metis", "x.split=no,w.split=no"}, {"metis", "fprop.split=no"},
     {"metis", "fprop_x.factors=exact"}, {"metis", "wgrad_d.residual=exact"}, {"metis", "x.format=bf16"}, {"metis", "all.factors=exact"}, {"metis", "all.residual=exact"}, {"metis", "all.factors=exact,all.residual=exact"},
     {"metis", "all.rounding=stochastic,all.factors=stochastic"}, {"metis", "all.format=mxfp4"}, {"metis-code", ""},
+    {"metis", "split.trained=1"}, {"metis", "split.trained=1,w.factors=exact,x.split=no,d.split=no"}, {"metis", "split.trained=1,all.rounding=stochastic,dgrad_w.factors=stochastic"},
 };
 static const Shape shapes[] = {{40, 48, 64, 16}, {37, 53, 70, 16}, {9, 48, 32, 16}, {100, 96, 80, 32}, {64, 32, 48, 32}, {70, 64, 150, 48}};
 
@@ -341,6 +365,7 @@ static void test_layer(Run& r, const Ablation& a, Shape shape, Kind kind, bool s
          shared ? ", scales kept" : "", nearest ? ", nearest" : "");
     Layer t(r, recipe, shape, kind, shared);
     t.s.nearest = nearest;
+    if (recipe.split.trained) t.drift();
     double of[3] = {};
     std::vector<double> before = t.dw.values();
     for (int gemm = 0; gemm < 3; gemm++) {
@@ -355,6 +380,7 @@ static void test_layer(Run& r, const Ablation& a, Shape shape, Kind kind, bool s
     }
     Layer whole(r, recipe, shape, kind, shared);
     whole.s.nearest = nearest;
+    if (recipe.split.trained) whole.drift();
     whole.forward(), whole.backward();
     whole.y.fetch(), whole.dx.fetch(), whole.dw.fetch();
     auto same = [&](auto& x, auto& y, const char* what) { r.verdict.note(!memcmp(x.host.data(), y.host.data(), x.n * sizeof x.host[0]), "%s of the layer is not that of its parts", what); };
@@ -492,11 +518,142 @@ static void test_not_finite(Run& r) {
             }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------------
+// Weights whose factors are trained
+
+static const Shape trained_shapes[] = {{8, 96, 200, 16}, {8, 53, 70, 16}, {8, 64, 48, 32}};
+
+// W_R + U diag(s) V in double, and its terms' magnitudes.
+static Dense merged(const Dense& w_r, const Dense& u_, const std::vector<double>& s, const Dense& v, Dense* size = nullptr) {
+    Dense us = u_;
+    for (int64_t i = 0; i < us.rows; i++)
+        for (int64_t j = 0; j < us.cols; j++) us[i][j] *= s[j];
+    Dense sum = products(us, transposed(v));
+    if (size) *size = products(magnitudes(us), transposed(magnitudes(v)));
+    for (size_t i = 0; i < sum.v.size(); i++) {
+        sum.v[i] += w_r.v[i];
+        if (size) size->v[i] += std::fabs(w_r.v[i]);
+    }
+    return sum;
+}
+
+// The first split against the decomposition in double. V is a basis as test_subspace.cu knows them. Direction i has converged if
+// (sigma_q / sigma_i)^60 is beyond a float; then s_i^2 errs by no more than the energies that Ritz compares, e, and v_i turns by
+// sin <= 2 e / gap, the gap being that of the squares (Davis and Kahan). Nothing may be lost: what merge_factors() puts together again is W.
+static void test_factors(Run& r) {
+    struct { const char* name; double (*sigma)(int); } spectra[] = {
+        {"as initialised", nullptr}, {"power law", [](int i) { return 1. / (1 + i); }}, {"a step after 16", [](int i) { return (i < 16 ? 1. : 0.3) / (1 + i); }},
+        {"rank 5", [](int i) { return i < 5 ? 1. / (1 + i) : 0; }}, {"zero", [](int) { return 0.; }}};
+    Recipe recipe = *find_recipe("metis");
+    set_cells(recipe, "split.trained=1");
+    for (auto& c : spectra)
+        for (const Shape& shape : trained_shapes) {
+            r.at("%s, %ldx%ld, rank %d", c.name, (long)shape.out, (long)shape.in, shape.k);
+            Layer t(r, recipe, shape, Kind::ordinary, true);
+            Rng rng{7};
+            Dense w = c.sigma ? with_spectrum<acc_t>(rng, t.out, t.in, c.sigma) : gaussian(rng, t.out, t.in), size = w;
+            for (double& x : w.v) x = (float)x;
+            Layer::fill(t.w, w);
+            split_weight(r.ctx, t.lin, t.s);
+            merge_factors(r.ctx, t.merged.p, t.lin, 1);
+            Dense w_r(t.out, t.in, t.w.fetch().values()), U(t.out, t.k, t.factor_u.fetch().values()), V(t.k, t.in, t.factor_v.fetch().values()), zero(t.out, t.in);
+            std::vector<double> s = t.factor_s.fetch().values(), again = t.merged.fetch().values();
+            if (!r.compare) continue;
+            Refresh f = {t.out, t.in, t.out, shape.k};
+            f.plan.cold = 30;
+            Svd best = svd(w);
+            check_basis(r, w, best, V, f);
+            double total = energy(w), e = (energy_u(f) + orthonormality(f.q())) * total;
+            r.verdict.note(lost(w, V) <= expected_loss(best, f) + energy_u(f) * total, "loses %g, the bound is %g", lost(w, V), expected_loss(best, f));
+            Dense wv = products(w, V), wv_size = products(magnitudes(w), magnitudes(V));
+            int turned = 0;
+            for (int64_t j = 0; j < t.k; j++) {
+                double length = 0, error = 0, square = best.sigma[j] * best.sigma[j];
+                for (int64_t i = 0; i < t.out; i++) {
+                    length += wv[i][j] * wv[i][j], error += std::pow((t.in + 2) * u * wv_size[i][j], 2);
+                    r.verdict.close(U[i][j] * s[j], wv[i][j], (t.in + 4) * u * wv_size[i][j], "U s", i * t.k + j);
+                }
+                r.verdict.close(s[j], std::sqrt(length), std::sqrt(error) + (131 + t.out / 512.) * u * s[j], "s", j);
+                if (!(square > 0) || std::pow(f.q() < t.in ? best.sigma[f.q()] / best.sigma[j] : 0, 60) > u) continue;
+                r.verdict.close(s[j] * s[j], square, e + 300 * u * square, "s^2", j);
+                double gap = std::min(j ? best.sigma[j - 1] * best.sigma[j - 1] - square : 1e30, square - (j + 1 < t.in ? std::pow(best.sigma[j + 1], 2) : 0));
+                if (!(2 * e < 0.3 * gap)) continue;
+                turned++;
+                double cosine = std::fabs(dot(V[j], best.right[j], t.in));
+                r.verdict.note(1 - cosine * cosine <= std::pow(2 * e / gap, 2) + orthonormality(f.q()), "v[%ld]: sin^2 is %g, allowed %g", (long)j, 1 - cosine * cosine, std::pow(2 * e / gap, 2));
+            }
+            r.verdict.note(turned >= (c.sigma && total > 0 ? 5 : 0), "only %d directions could be compared", turned);
+            Dense low = merged(zero, U, s, V, &size);
+            for (int64_t i = 0; i < t.out * t.in; i++) {                      // k products and sums, each rounded, of terms this large
+                double all = std::fabs(w.v[i]) + size.v[i];
+                r.verdict.close(w_r.v[i], w.v[i] - low.v[i], (t.k + 4) * u * all, "W_R", i);
+                r.verdict.close(again[i], w.v[i], (2 * t.k + 4) * u * all, "W_R + U s V", i);
+            }
+        }
+}
+
+// Rows that do not split W see it merged: the bits of a layer that has those weights and no factors.
+static void test_merged(Run& r) {
+    for (const char* name : {"float", "bf16", "nvfp4", "nvidia"})
+        for (const Shape& shape : {Shape{48, 53, 70, 16}, Shape{64, 64, 48, 32}}) {
+            Recipe plain = *find_recipe(name);
+            if ((on_gpu && sizeof(act_t) == 2 && is_float_stored(plain.cell[fprop_x].format)) || (plain.cell[wgrad_x].hadamard && shape.in % 16)) continue;
+            r.at("%s, %ldx%ld", name, (long)shape.out, (long)shape.in);
+            Recipe recipe = plain;
+            recipe.split.trained = 1;
+            Layer t(r, recipe, shape, Kind::ordinary, true), other(r, plain, shape, Kind::ordinary, true);
+            t.drift();
+            merge_factors(r.ctx, t.merged.p, t.lin, 1);
+            Dense size(0, 0), want = merged({t.out, t.in, t.w.values()}, {t.out, t.k, t.factor_u.values()}, t.factor_s.values(), {t.k, t.in, t.factor_v.values()}, &size);
+            t.merged.fetch();
+            for (int64_t i = 0; i < t.out * t.in; i++) r.verdict.close(t.merged[i], want.v[i], (t.k + 4) * u * size.v[i], "W", i);
+            Layer::fill(other.w, {t.out, t.in, t.merged.values()});
+            for (Layer* l : {&t, &other}) l->forward(), l->backward(), l->y.fetch(), l->dx.fetch(), l->dw.fetch();
+            auto same = [&](auto& a, auto& b, const char* what) { r.verdict.note(!memcmp(a.host.data(), b.host.data(), a.n * sizeof a.host[0]), "%s is not that of the merged weights", what); };
+            same(t.y, other.y, "Y"), same(t.dx, other.dx, "dX"), same(t.dw, other.dw, "dW");
+        }
+}
+
+// The factors' gradients against central differences of the loss that they follow from, sum of G W: linear in each number by itself, so
+// that no step is too large.
+static void test_factor_gradients(Run& r) {
+    Recipe recipe = *find_recipe("metis");
+    set_cells(recipe, "split.trained=1");
+    for (const Shape& shape : {Shape{8, 24, 20, 16}, Shape{8, 37, 53, 16}}) {
+        r.at("%ldx%ld", (long)shape.out, (long)shape.in);
+        Layer t(r, recipe, shape, Kind::ordinary, true);
+        Rng rng{9};
+        t.drift();
+        Dense G = gaussian(rng, t.out, t.in);
+        Layer::fill(t.dw, G);
+        factor_gradients(r.ctx, t.lin);
+        t.grad_u.fetch(), t.grad_s.fetch(), t.grad_v.fetch();
+        if (!r.compare) continue;
+        G.v = t.dw.values();
+        Dense w_r(t.out, t.in), U(t.out, t.k, t.factor_u.values()), V(t.k, t.in, t.factor_v.values());
+        std::vector<double> s = t.factor_s.values();
+        auto slope = [&](double& x) {
+            double before = x, at[2];
+            for (int side : {0, 1}) x = before + (side ? 1 : -1), at[side] = dot(G.v.data(), merged(w_r, U, s, V).v.data(), (int64_t)G.v.size());
+            x = before;
+            return (at[1] - at[0]) / 2;
+        };
+        // Of each sum the magnitudes of what was added up: |G| |V|^T, |U|^T |G|.
+        Dense gv = products(magnitudes(G), magnitudes(V)), ug = products(transposed(magnitudes(U)), transposed(magnitudes(G)));
+        for (int64_t i = 0; i < t.out * t.k; i++) r.verdict.close(t.grad_u[i], slope(U.v[i]), (t.in + 4) * u * std::fabs(s[i % t.k]) * gv.v[i], "dU", i);
+        for (int64_t i = 0; i < t.k * t.in; i++) r.verdict.close(t.grad_v[i], slope(V.v[i]), (t.out + 4) * u * std::fabs(s[i / t.in]) * ug.v[i], "dV", i);
+        for (int64_t j = 0; j < t.k; j++) r.verdict.close(t.grad_s[j], slope(s[j]), (t.in + t.out + 4) * u * dot(ug[j], magnitudes(V)[j], t.in), "ds", j);
+    }
+}
+
 int main(int argc, char** argv) {
     begin(argc, argv);
     test("split operands, products and layers", test_layers);
     test("split operands err less", test_purpose);
     test("when bases are refreshed", test_refreshes);
     test("NaN and infinity", test_not_finite);
+    test("trained factors of W: the first split", test_factors);
+    test("trained factors of W: merged for rows that do not split it", test_merged);
+    test("trained factors of W: gradients", test_factor_gradients);
     return done();
 }

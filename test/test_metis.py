@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Metis from outside: bases in checkpoints, resuming between refreshes, what must not move a bit, what is refused.
+"""Metis from outside: bases and trained factors in checkpoints, resuming between refreshes, what must not move a bit, what is refused.
 
     test/test_metis.py PROGRAM REFERENCE        `ok NAME` or `FAIL NAME: why` a line, `done` at the end; status 1 on a FAIL
 
@@ -30,7 +30,9 @@ ALONE = {**METIS, "--save-every": None}                # for runs that leave not
 def same(out, other):
     same_run(out, other)
     last = checkpoints(other)[-1]
-    assert content(f"{out}/{last}/bases.safetensors") == content(f"{other}/{last}/bases.safetensors"), "bases.safetensors differs"
+    for file in ("bases.safetensors", "factors.safetensors"):
+        assert os.path.exists(f"{out}/{last}/{file}") == os.path.exists(f"{other}/{last}/{file}"), f"only one run has {file}"
+        assert not os.path.exists(f"{out}/{last}/{file}") or content(f"{out}/{last}/{file}") == content(f"{other}/{last}/{file}"), f"{file} differs"
 
 
 def bases_of(options, name):
@@ -122,6 +124,105 @@ def resume():
         assert seen == logged, f"{seen}, the log has {logged}"
 
 
+TRAINED = {**METIS, "--set": "split.trained=1"}
+
+
+def tensors(path):
+    """{name: (shape, numbers)} of a float32 safetensors file."""
+    data, values = content(path), floats(path)
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    return {name: (t["shape"], values[t["data_offsets"][0] // 4:t["data_offsets"][1] // 4]) for name, t in header.items() if name != "__metadata__"}
+
+
+def val_loss(options):
+    return re.search(r"val loss (\S+)", run(options).out)[1]
+
+
+def trained():
+    """split.trained=1: W_R, U, s and V are the parameters."""
+    run({**TRAINED, "--keep": 9, "--out": "trained"})
+    with case("trained factors: 3 threads, --recompute block, watched at every step: the same bits"):
+        run({**TRAINED, "--threads": 3, "--recompute": "block", "--keep": 9, "--out": "trained_block"})
+        same("trained_block", "trained")
+        watched = run({**TRAINED, "--eval-every": 1, "--shadow-every": 1, "--stats-every": 1, "--out": "trained_watched"}).out
+        assert printed_losses(watched) == [(row["step"], row["loss"]) for row in step_rows("trained")]
+        for file in ("model", "optimizer", "bases", "factors"):
+            assert content(f"trained_watched/step_00000012/{file}.safetensors") == content(f"trained/step_00000012/{file}.safetensors"), file
+    with case("trained factors: resumed after steps 5 and 10, the unbroken run's losses, weights, moments and factors"):
+        for step in (5, 10):
+            shutil.copytree("trained", f"trained_from_{step}")
+            run({"--resume": f"trained_from_{step}/step_{step:08}", "--threads": 2})
+            same(f"trained_from_{step}", "trained")
+    for name, options in (("--accum 2", {"--accum": 2}), ("the second half with fprop in bf16", {"--bf16-end": 0.5}),
+                          ("the second half in bf16", {"--bf16-end": 0.5, "--bf16-end-gemms": "all"}), ("gate_up in bf16", {"--bf16-layers": "gate_up"}),
+                          ("evaluated in bf16", {"--eval-recipe": "bf16"})):
+        with case(f"trained factors: resumed with threads and recomputation, {name}"):
+            out = "trained_" + re.sub(r"\W", "_", name)
+            run({**TRAINED, **options, "--steps": 7, "--eval-every": 4, "--out": out})
+            shutil.copytree(out, out + "_unbroken")
+            run({"--resume": f"{out}/step_00000005", "--threads": 2, "--recompute": "block"})
+            same(out, out + "_unbroken")
+            factors = {n.split(".")[2] for n in tensors(f"{out}/step_00000007/factors.safetensors")}
+            assert factors == {"qkv", "o", "down"} | ({"gate_up"} if "gate_up" not in name else set()), factors
+    with case("trained factors: the loss falls, from where weights split on the fly begin, and every factor moves"):
+        rows, other = step_rows("trained"), step_rows(whole())
+        assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 1, rows
+        assert abs(float(rows[0]["loss"]) - float(other[0]["loss"])) < 0.02, f"{rows[0]} {other[0]}"
+        early, late = (tensors(f"trained/step_{s:08}/factors.safetensors") for s in (5, 12))
+        for name, (shape, values) in early.items():
+            assert sum(a != b for a, b in zip(values, late[name][1])) > 0.9 * len(values), f"{name} hardly moved"
+    with case("trained factors: model.safetensors holds W_R + U diag(s) V under the usual names; factors and moments have theirs"):
+        factors, model = tensors("trained/step_00000012/factors.safetensors"), tensors("trained/step_00000012/model.safetensors")
+        moments = tensors("trained/step_00000012/optimizer.safetensors")
+        assert set(model) == set(tensors(f"{whole()}/step_00000012/model.safetensors")), sorted(model)
+        extra = {f"{n}{m}" for n in factors if not n.endswith(".w_r") for m in (".exp_avg", ".exp_avg_sq")}
+        assert set(moments) == {f"{n}{m}" for n in model for m in (".exp_avg", ".exp_avg_sq")} | extra, sorted(moments)
+        for ours, parts in (("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")), ("o", ("self_attn.o_proj",)),
+                            ("gate_up", ("mlp.gate_proj", "mlp.up_proj")), ("down", ("mlp.down_proj",))):
+            stored = [v for p in parts for v in model[f"model.layers.0.{p}.weight"][1]]
+            (shape, w_r), (_, u), (ks, s), (_, v) = (factors[f"layers.0.{ours}.{f}"] for f in ("w_r", "u", "s", "v"))
+            (n, m), k = shape, 16
+            assert ks == [k] and len(stored) == n * m, f"{ks}, {len(stored)} numbers"
+            for i in range(n):
+                for j in range(m):
+                    terms = [w_r[i * m + j]] + [u[i * k + t] * s[t] * v[t * m + j] for t in range(k)]
+                    error = abs(sum(terms) - stored[i * m + j])        # k products and sums, each rounded
+                    assert error <= (k + 4) * 2**-24 * sum(map(abs, terms)), f"{ours}[{i}][{j}] is off by {error}"
+    with case("trained factors: --eval-only takes the factors; the exported folder is the same model to other rows, and starts a run"):
+        folder, logged = "trained/step_00000012", [row["val_loss"] for row in log_rows("trained") if "val_loss" in row][-1]
+        with untouched("trained"):
+            assert val_loss({"--resume": "trained", "--eval-only": True, "--threads": 3}) == logged
+            bf16 = val_loss({"--resume": "trained", "--eval-only": True, "--eval-recipe": "bf16"})
+            alone = {k: v for k, v in METIS.items() if k in ("--data", "--batch", "--seq", "--eval-batches", "--threads", "--sample-tokens")}
+            assert val_loss({**alone, "--model": folder, "--recipe": "bf16", "--eval-only": True}) == bf16
+            assert bf16 != logged and abs(float(bf16) - float(logged)) < 0.05, f"{bf16} in bf16, {logged} by its own row"
+            run({"--resume": "trained", "--sample-only": True, "--sample-tokens": 3})
+        first = [float(printed_losses(run({**alone, "--model": folder, "--steps": 1, **o}).out)[0][1]) for o in ({"--recipe": "bf16"}, {"--recipe": "metis", "--set": "split.trained=1"})]
+        assert abs(first[0] - first[1]) < 0.05 and max(first) < 5, first
+    with case("trained factors: --dry-run counts them in memory and on disk"):
+        plan = {"--model": "125m", "--data": "text.txt", "--recipe": "metis", "--dry-run": True}
+        text = [run({**plan, **o}).out for o in ({}, {"--set": "split.trained=1"})]
+        amount = [{what: float(re.search(rf"^  {what} +([\d.]+) ", t, re.M)[1]) for what in ("parameters", "gradients", "optimiser", "checkpoint")} for t in text]
+        out_in = ((1536, 1024), (1024, 1024), (5120, 1024), (1024, 2560))
+        factors, w_r = 12 * sum(16 * (n + 1 + m) for n, m in out_in), 12 * sum(n * m for n, m in out_in)
+        for what, numbers in (("parameters", factors), ("gradients", factors), ("optimiser", 2 * factors), ("checkpoint", w_r + 3 * factors)):
+            more = amount[1][what] - amount[0][what]
+            assert abs(more - 4e-9 * numbers) < 2e-3, f"{what}: {more} GB more, {4e-9 * numbers} expected"
+    with case("refuses a checkpoint without its factors"):
+        os.remove("trained_block/step_00000012/factors.safetensors")
+        err = run({"--resume": "trained_block", "--eval-only": True}, status=2).err
+        assert "factors.safetensors" in err and "step_00000010" in err, err
+    for name, options, word in (
+            ("trained factors of a W that is not split", {"--set": "split.trained=1,w.split=no"}, "fprop_w .*needs W split"),
+            ("trained factors of a W that is split in one GEMM", {"--set": "split.trained=1,dgrad_w.split=no"}, "dgrad_w .*needs W split"),
+            ("trained factors by a row without a split", {"--recipe": "bf16"}, "needs W split"), ("by metis-code", {"--recipe": "metis-code"}, "needs W split"),
+            ("half a training", {"--set": "split.trained=0.5"}, "whole number"),
+            ("a run of the other kind", {"--resume": whole(), "--set": "split.trained=1"}, "contradicts"), ("and the reverse", {"--resume": "trained", "--set": "x.split=yes"}, "contradicts")):
+        with case(f"refuses {name}"):
+            err = run(options if "--resume" in options else {**ALONE, **TRAINED, "--save-every": None, **options}, status=2).err
+            assert re.search(word, err), err
+
+
 def damage():
     """A checkpoint whose bases are not what was saved is refused in one line that names the file, and stays as it is."""
     def cut(f):
@@ -185,7 +286,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="test_metis_") as folder:
         os.chdir(folder)
         cli.make_data()
-        for group in (same_bits, accumulation, resume, damage, refuses, guard):
+        for group in (same_bits, accumulation, resume, trained, damage, refuses, guard):
             with case(f"{group.__name__}: ran to its end"):
                 group()
         print("done")
