@@ -1064,7 +1064,7 @@ def reports():
         for word in ("memory", "parameters", "gradients", "optimiser", "activations", "total", "available", "compute", "disk", "--keep 2"):
             assert word in text, f"no {word} in {text}"
         amount = lambda what: float(re.search(rf"^  {what} +([\d.]+) ", run_8b, re.M)[1])
-        run_8b = run({"--model": "llama3-8b", "--data": "text.txt", "--vocab": 128256, "--dry-run": True}).out
+        run_8b = run({"--model": "llama3-8b", "--recipe": "bf16", "--data": "text.txt", "--vocab": 128256, "--dry-run": True}).out
         # 8030261248 parameters at 4 bytes; the optimiser holds two more floats each; a checkpoint all three.
         for what, parts in (("parameters", 1), ("gradients", 1), ("optimiser", 2), ("checkpoint", 3)):
             assert near(amount(what), parts * 4 * 8.030261248, 1e-4), f"{what} of llama3-8b: {amount(what)} GB"
