@@ -33,15 +33,16 @@ constexpr Minifloat e4m3 = {20, 0.015625f, 448, 0x7f, 0x80};                    
 constexpr Minifloat e5m2 = {21, 6.103515625e-5f, 57344, 0x7f, 0x80};
 
 HD float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+// Of two magnitudes, compared as integers: a NaN is the largest.
+HD float smaller(float a, float b) { return float_of(bits_of(a) < bits_of(b) ? bits_of(a) : bits_of(b)); }
+HD float larger(float a, float b) { return float_of(bits_of(a) > bits_of(b) ? bits_of(a) : bits_of(b)); }
 HD float with_sign(float q, float x) { return float_of(bits_of(q) | (bits_of(x) & 0x80000000u)); }
 
 // x as the nearest value of f, ties to the even mantissa, saturating. (a + c) - c rounds a to multiples of c's last place; c is the
 // power of two whose last place is f's step at a.
 HD float round_nearest(float x, Minifloat f) {
-    float a = magnitude(x);
-    a = a < f.max ? a : f.max;
-    float b = a > f.min_normal ? a : f.min_normal;
-    float c = float_of((bits_of(b) & 0x7f800000u) + ((uint32_t)f.drop << 23));
+    float a = smaller(magnitude(x), f.max);
+    float c = float_of((bits_of(larger(a, f.min_normal)) & 0x7f800000u) + ((uint32_t)f.drop << 23));
     return with_sign((a + c) - c, x);
 }
 
@@ -49,8 +50,7 @@ HD float round_nearest(float x, Minifloat f) {
 // from r, 16 random bits. What f holds exactly never moves. Unbiased up to max; beyond, it saturates. The random bits are added to
 // the mantissa's lower bits and these cut off; subnormals of f are lifted by min_normal so that their step is the float's, too.
 HD float round_stochastic(float x, uint32_t r, Minifloat f) {
-    float a = magnitude(x);
-    a = a < f.max ? a : f.max;
+    float a = smaller(magnitude(x), f.max);
     float lift = a < f.min_normal ? f.min_normal : 0.f;
     uint32_t u = bits_of(a + lift) + (r << (f.drop - 16)) + (1u << (f.drop - 17));
     return with_sign(float_of(u & (0xffffffffu << f.drop)) - lift, x);
