@@ -337,6 +337,8 @@ template <class T> struct slot_of<Out<T>> { typedef Slot<Out<T>> type; };
 template <class F, class... P> HD void apply_one(F& f, int i, P... p) { f(typename slot_of<P>::type(p, i).get()...); }
 template <class F, class... P> HD acc_t value_one(F& f, int i, P... p) { return f(typename slot_of<P>::type(p, i).get()...); }
 
+struct Nothing { template <class... T> HD void operator()(T...) const {} };
+
 // (v0 + v8) ... , then d = 4, 2, 1: sixteen values in one order on both machines, whichever axis they lie along.
 template <class V, class Op> HD float tree16(V value, Op op) {
     float t[16];
@@ -421,7 +423,7 @@ template <int W> struct Group {
         if (W > 32) __syncthreads();
         else __syncwarp(mask());
     }
-    template <class T> __device__ static void fetch(T*, int) {}                   // other warps hide what a CPU must ask for ahead
+    template <class T> __device__ static void fetch(T*, int) {}
     __device__ unsigned mask() const { return W >= 32 ? 0xffffffffu : ((1u << (W % 32)) - 1) << (threadIdx.x % 32 / W * W); }
 
     template <class F, class... P> __device__ void map(int n, F f, P... p) const {
@@ -456,7 +458,7 @@ template <int W> struct Group {
     template <class F> __device__ void each(int n, F f) const {
         for (int i = lane(); i < n; i += W) f(i);
     }
-    template <class F> __device__ void grid16(int n, F f) const {
+    template <class F, class A = Nothing> __device__ void grid16(int n, F f, A = {}) const {
         for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16);
     }
     // f(i, lane, words) for i in [0, n), lane in [0, 16): words of block first(i) + lane, first a multiple of 16.
@@ -507,7 +509,7 @@ template <int W> struct Group {
     int lane() const { return 0; }
     void sync() const {}
 
-    // Asks for the cache lines of n elements.
+    // Asks for the cache lines of n elements; on a GPU, where other warps hide what is not there yet, nothing.
     template <class T> static void fetch(T* p, int n) {
         for (int k = 0; k < n; k += 64 / sizeof(T)) __builtin_prefetch(p + k, !std::is_const<T>::value);
     }
@@ -523,13 +525,15 @@ template <int W> struct Group {
             for (int i = from; i < to; i++) apply_one(f, i, p...);
         }
     }
-    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op.
+    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op. `ahead(i)` may
+    // fetch what is needed later: between two i's there is time for it.
     template <class F> FLAT void each(int n, F f) const {
         #pragma omp simd
         for (int i = 0; i < n; i++) f(i);
     }
-    template <class F> FLAT void grid16(int n, F f) const {
+    template <class F, class A = Nothing> FLAT void grid16(int n, F f, A ahead = {}) const {
         for (int i = 0; i < n; i++) {
+            ahead(i);
             #pragma omp simd
             for (int j = 0; j < 16; j++) f(i, j);
         }

@@ -183,11 +183,12 @@ inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols) {
     return s;
 }
 
-// f(k, unit) for every element k of the tile.
-template <class G, class F> HD void elements(G g, const TileShape& t, F f) {
-    if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); });
+// f(k, unit) for every element k of the tile; ahead(k, n) on the way, for every run of n elements from k on.
+template <class G, class F, class A = Nothing> HD void elements(G g, const TileShape& t, F f, A ahead = {}) {
+    if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); }, [&](int i) { ahead(16 * i, 16); });
     else
         for (int r = 0; r < t.R; r++) {
+            ahead(r << t.shift, t.C);
             int row = r << t.shift, units = r / 16 << t.shift;
             g.each(t.C, [&](int c) { f(row + c, units + c); });
         }
@@ -457,6 +458,9 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             hadamard(g, t, s.v, cell.hadamard, s.sign);
         }
         if (stochastic) draw_tile(g, t, s.random, key, r0, c0);
+        int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+        To* corner = to + r0 * to_ld + c0;
+        if (to) for (int r = 0; r < height; r++) g.fetch(corner + r * to_ld, width);
 
         // Scales of every unit.
         if (blocks) {
@@ -524,10 +528,13 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             }
 
         // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
+        // The next tile, to the right or below, is asked for meanwhile: tiles are no long runs that a CPU would foresee.
+        const From* next = from + (c0 + t.C < t.cols ? r0 * t.cols + c0 + t.C : (r0 + t.R) * t.cols);
+        auto ahead = [&](int k, int n) { g.fetch(next + (k >> t.shift) * t.cols + (k & (t.C - 1)), n); };
         if (packed.codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
         else if (packed.codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
-        else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; });
-        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; });
+        else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
+        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; }, ahead);
         g.sync();
         if (packed.codes) {
             int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
@@ -556,8 +563,6 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
             g.sync();
         }
-        int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-        To* corner = to + r0 * to_ld + c0;
         g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * to_ld + c, s.v[(r << t.shift) + c]); });
     });
     if (q.tally) {
