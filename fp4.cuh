@@ -153,13 +153,12 @@ inline ScaleRule scale_rule(Operand c) {
 constexpr int tile_size = 4096, tile_units = 256;
 struct QuantStage {
     float v[tile_size];                                             // elements; after rounding their values
-    float e[tile_size];                                             // terms of the tally
     union {
         uint16_t random[tile_size];
         float low[tile_size / 2];                                   // a low-rank part's rows
     };
     float amax[tile_units], enc[tile_units], dec[tile_units];       // per unit: amax; element -> code; code -> value
-    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];
+    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];       // (the tally's terms come into err4, too)
     float group[16];
     float sign[128];
 };
@@ -233,8 +232,19 @@ template <class G, class T> HD void load_tile(G g, const TileShape& t, float* v,
     g.sync();
 }
 
+// ahead(k, n) asks for n elements from k on of the tile after this one, to the right or below: tiles are no long runs that a CPU would
+// foresee, and its arithmetic takes as long as memory does.
+template <class G, class T> struct NextTile {
+    const T* corner;
+    int64_t ld;
+    int shift;
+    HD NextTile(G, const TileShape& t, const T* from, int64_t r0, int64_t c0)
+        : corner(from + (c0 + t.C < t.cols ? r0 * t.cols + c0 + t.C : (r0 + t.R) * t.cols)), ld(t.cols), shift(t.shift) {}
+    HD void operator()(int k, int n) const { G::fetch(corner + (k >> shift) * ld + (k & ((1 << shift) - 1)), n); }
+};
+
 // In place: every n elements along the axis times their signs, then times the n x n Sylvester-Hadamard matrix over sqrt(n).
-template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, const float* sign) {
+template <class G, class A = Nothing> HD void hadamard(G g, const TileShape& t, float* v, int n, const float* sign, A ahead = {}) {
     elements(g, t, [&](int k, int) { v[k] *= sign[(t.along_row ? k : k >> t.shift) & (n - 1)]; });
     for (int h = 1; h < n; h *= 2) {
         g.sync();
@@ -254,7 +264,7 @@ template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, co
     }
     float root = n == 16 ? 0.25f : n == 32 ? 0.17677669f : n == 64 ? 0.125f : 0.088388346f;
     g.sync();
-    elements(g, t, [&](int k, int) { v[k] *= root; });
+    elements(g, t, [&](int k, int) { v[k] *= root; }, ahead);
     g.sync();
 }
 
@@ -266,18 +276,22 @@ template <class G> HD void subtract(G g, const TileShape& t, QuantStage& s, cons
         g.grid16(t.R, [&](int r, int j) { s.low[16 * r + j] = r0 + r < t.rows ? (float)-a[(r0 + r) * k + k0 + j] : 0.f; });
         g.sync();
         const acc_t* below = b + k0 * ld + c0;
-        for (int r = 0; r < t.R; r += 4) {                                          // four rows share what is read of B
+        for (int r = 0; r < t.R; r += 8) {                                          // eight rows share what is read of B
             float* v = s.v + (r << t.shift);
             const float* row = s.low + 16 * r;
             int C = t.C;
             g.each(width, [=](int c) {
-                float x0 = v[c], x1 = v[C + c], x2 = v[2 * C + c], x3 = v[3 * C + c];
+                float x[8];
+                #pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) x[i] = v[i * C + c];
                 #pragma GCC unroll 16
                 for (int j = 0; j < 16; j++) {
                     float y = (float)below[j * ld + c];
-                    x0 = fmaf(row[j], y, x0), x1 = fmaf(row[16 + j], y, x1), x2 = fmaf(row[32 + j], y, x2), x3 = fmaf(row[48 + j], y, x3);
+                    #pragma GCC unroll 8
+                    for (int i = 0; i < 8; i++) x[i] = fmaf(row[16 * i + j], y, x[i]);
                 }
-                v[c] = x0, v[C + c] = x1, v[2 * C + c] = x2, v[3 * C + c] = x3;
+                #pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) v[i * C + c] = x[i];
             });
         }
         g.sync();
@@ -377,11 +391,13 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
         int k = q.k;
         parts = t.count;
         for_tiles<quantise_amax, QuantStage>(ctx, {n * sizeof(From) * 1., 0}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
-            load_tile(g, t, s.v, from, i / t.across * t.R, i % t.across * t.C);
-            if (k) subtract(g, t, s, low_a, low_b, k, i / t.across * t.R, i % t.across * t.C);
+            int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
+            NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
+            load_tile(g, t, s.v, from, r0, c0);
+            if (k) subtract(g, t, s, low_a, low_b, k, r0, c0);
             if (cell.hadamard) {
                 hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
-                hadamard(g, t, s.v, cell.hadamard, s.sign);
+                hadamard(g, t, s.v, cell.hadamard, s.sign, ahead);
             }
             acc_t m = g.max(tile_size, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, (const float*)s.v);
             if (g.lane() == 0) partial[i] = (float)m;
@@ -488,8 +504,8 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         auto random = [&](float v, int k) { return round_stochastic(v, s.random[k], f); };
 
         // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
+        auto sum = [](float a, float b) { return a + b; };
         if (choose) {
-            auto sum = [](float a, float b) { return a + b; };
             g.each(tile_units, [&](int u) {
                 float base = s.amax[u] * per_amax;
                 BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
@@ -515,22 +531,20 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
 
         if (tally && i % tally_every == 0)
             for (int what = 0; what < 5; what++) {
-                elements(g, t, [&](int k, int u) {
+                units(g, t, s.err4, [&](int k, int u) {
                     float x = s.v[k], code = x * s.enc[u], y = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u] * S_dec;
-                    s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
-                           : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
-                           : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
-                });
+                    return what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
+                         : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
+                         : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
+                }, sum);
                 g.sync();
-                float total = (float)g.sum(tile_size, [](acc_t v) { return v; }, (const float*)s.e);
+                float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
                 if (g.lane() == 0) tally[5 * (i / tally_every) + what] = what == 1 ? energy : total;
                 g.sync();
             }
 
         // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
-        // The next tile, to the right or below, is asked for meanwhile: tiles are no long runs that a CPU would foresee.
-        const From* next = from + (c0 + t.C < t.cols ? r0 * t.cols + c0 + t.C : (r0 + t.R) * t.cols);
-        auto ahead = [&](int k, int n) { g.fetch(next + (k >> t.shift) * t.cols + (k & (t.C - 1)), n); };
+        NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
         if (packed.codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
         else if (packed.codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
         else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
