@@ -337,6 +337,8 @@ template <class T> struct slot_of<Out<T>> { typedef Slot<Out<T>> type; };
 template <class F, class... P> HD void apply_one(F& f, int i, P... p) { f(typename slot_of<P>::type(p, i).get()...); }
 template <class F, class... P> HD acc_t value_one(F& f, int i, P... p) { return f(typename slot_of<P>::type(p, i).get()...); }
 
+struct Nothing { template <class... T> HD void operator()(T...) const {} };
+
 // (v0 + v8) ... , then d = 4, 2, 1: sixteen values in one order on both machines, whichever axis they lie along.
 template <class V, class Op> HD float tree16(V value, Op op) {
     float t[16];
@@ -421,6 +423,7 @@ template <int W> struct Group {
         if (W > 32) __syncthreads();
         else __syncwarp(mask());
     }
+    template <class T> __device__ static void fetch(T*, int) {}
     __device__ unsigned mask() const { return W >= 32 ? 0xffffffffu : ((1u << (W % 32)) - 1) << (threadIdx.x % 32 / W * W); }
 
     template <class F, class... P> __device__ void map(int n, F f, P... p) const {
@@ -455,7 +458,7 @@ template <int W> struct Group {
     template <class F> __device__ void each(int n, F f) const {
         for (int i = lane(); i < n; i += W) f(i);
     }
-    template <class F> __device__ void grid16(int n, F f) const {
+    template <class F, class A = Nothing> __device__ void grid16(int n, F f, A = {}) const {
         for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16);
     }
     // f(i, lane, words) for i in [0, n), lane in [0, 16): words of block first(i) + lane, first a multiple of 16.
@@ -515,10 +518,12 @@ template <int W> struct Group {
     int lane() const { return 0; }
     void sync() const {}
 
-    // Asks for the cache lines of 128 elements 2 KB ahead: kernels of several streams and much arithmetic gained 18 to 27%.
-    template <class T> static void fetch(T* p) {
-        for (int k = 0; k < 128; k += 64 / sizeof(T)) __builtin_prefetch(p + 512 + k, !std::is_const<T>::value);
+    // Asks for the cache lines of n elements; on a GPU, where other warps hide what is not there yet, nothing.
+    template <class T> static void fetch(T* p, int n) {
+        for (int k = 0; k < n; k += 64 / sizeof(T)) __builtin_prefetch(p + k, !std::is_const<T>::value);
     }
+    // Those of 128 elements 2 KB ahead: kernels of several streams and much arithmetic gained 18 to 27%.
+    template <class T> static void fetch(T* p) { fetch(p + 512, 128); }
     template <class T> static void fetch(Out<T> p) { fetch(p.p); }
 
     template <class F, class... P> FLAT void map(int n, F f, P... p) const {
@@ -529,13 +534,15 @@ template <int W> struct Group {
             for (int i = from; i < to; i++) apply_one(f, i, p...);
         }
     }
-    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op.
+    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op. `ahead(i)` may
+    // fetch what is needed later: between two i's there is time for it.
     template <class F> FLAT void each(int n, F f) const {
         #pragma omp simd
         for (int i = 0; i < n; i++) f(i);
     }
-    template <class F> FLAT void grid16(int n, F f) const {
+    template <class F, class A = Nothing> FLAT void grid16(int n, F f, A ahead = {}) const {
         for (int i = 0; i < n; i++) {
+            ahead(i);
             #pragma omp simd
             for (int j = 0; j < 16; j++) f(i, j);
         }
@@ -549,7 +556,7 @@ template <int W> struct Group {
             uint32_t c0[16], c1[16], c2[16], c3[16], k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
             for (int j = 0; j < 16; j++) c0[j] = c.w[0] + j, c1[j] = c.w[1], c2[j] = c.w[2], c3[j] = c.w[3];
             for (int round = 0; round < 10; round++, k0 += philox_step0, k1 += philox_step1) {
-                #pragma omp simd
+                #pragma omp simd simdlen(8)                          // with 16 gcc multiplies 64 bits by 64, which takes 1.5 times as long
                 for (int j = 0; j < 16; j++) philox_round(c0[j], c1[j], c2[j], c3[j], k0, k1);
             }
             #pragma omp simd
@@ -564,18 +571,21 @@ template <int W> struct Group {
         }
     }
     template <class V, class Op> FLAT void fold16(int n, V value, Op op, float* to) const {
-        for (int first = 0; first < n; first += 8) {                 // eight trees side by side, n a multiple of 8: one level a loop
-            float a[64], b[32], c[16];
-            for (int i = 0; i < 8; i++) {
+        // n a multiple of 16, in two passes: what one stores as halves of vectors is long in the cache when the other loads whole ones.
+        float a[64 * 8];
+        for (int first = 0; first < n; first += 64) {
+            int count = n - first < 64 ? n - first : 64;
+            for (int i = 0; i < count; i++) {
                 #pragma omp simd
                 for (int j = 0; j < 8; j++) a[8 * i + j] = op(value(first + i, j), value(first + i, j + 8));
             }
-            for (int i = 0; i < 8; i++)
-                for (int j = 0; j < 4; j++) b[4 * i + j] = op(a[8 * i + j], a[8 * i + j + 4]);
-            for (int i = 0; i < 8; i++)
-                for (int j = 0; j < 2; j++) c[2 * i + j] = op(b[4 * i + j], b[4 * i + j + 2]);
-            #pragma omp simd
-            for (int i = 0; i < 8; i++) to[first + i] = op(c[2 * i], c[2 * i + 1]);
+            for (int i = 0; i < count; i += 16) {
+                #pragma omp simd
+                for (int k = i; k < i + 16; k++) {
+                    const float* t = a + 8 * k;
+                    to[first + k] = op(op(op(t[0], t[4]), op(t[2], t[6])), op(op(t[1], t[5]), op(t[3], t[7])));
+                }
+            }
         }
     }
     // The same trees over 16 rows: to[c] of value(0..15, c), n a multiple of 16.
@@ -623,6 +633,7 @@ template <int W> struct Group {
         for (int j = 0; j < 16; j++) m[j] = -INFINITY;
         int whole = n & ~15;
         for (int i = 0; i < whole; i += 16) {
+            if (i % 128 == 0) (fetch(at(p, i)), ...);
             #pragma omp simd
             for (int j = 0; j < 16; j++) {
                 acc_t v = value_one(f, i + j, p...);

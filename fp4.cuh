@@ -33,15 +33,16 @@ constexpr Minifloat e4m3 = {20, 0.015625f, 448, 0x7f, 0x80};                    
 constexpr Minifloat e5m2 = {21, 6.103515625e-5f, 57344, 0x7f, 0x80};
 
 HD float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+// Of two magnitudes, compared as integers: a NaN is the largest.
+HD float smaller(float a, float b) { return float_of(bits_of(a) < bits_of(b) ? bits_of(a) : bits_of(b)); }
+HD float larger(float a, float b) { return float_of(bits_of(a) > bits_of(b) ? bits_of(a) : bits_of(b)); }
 HD float with_sign(float q, float x) { return float_of(bits_of(q) | (bits_of(x) & 0x80000000u)); }
 
 // x as the nearest value of f, ties to the even mantissa, saturating. (a + c) - c rounds a to multiples of c's last place; c is the
 // power of two whose last place is f's step at a.
 HD float round_nearest(float x, Minifloat f) {
-    float a = magnitude(x);
-    a = a < f.max ? a : f.max;
-    float b = a > f.min_normal ? a : f.min_normal;
-    float c = float_of((bits_of(b) & 0x7f800000u) + ((uint32_t)f.drop << 23));
+    float a = smaller(magnitude(x), f.max);
+    float c = float_of((bits_of(larger(a, f.min_normal)) & 0x7f800000u) + ((uint32_t)f.drop << 23));
     return with_sign((a + c) - c, x);
 }
 
@@ -49,8 +50,7 @@ HD float round_nearest(float x, Minifloat f) {
 // from r, 16 random bits. What f holds exactly never moves. Unbiased up to max; beyond, it saturates. The random bits are added to
 // the mantissa's lower bits and these cut off; subnormals of f are lifted by min_normal so that their step is the float's, too.
 HD float round_stochastic(float x, uint32_t r, Minifloat f) {
-    float a = magnitude(x);
-    a = a < f.max ? a : f.max;
+    float a = smaller(magnitude(x), f.max);
     float lift = a < f.min_normal ? f.min_normal : 0.f;
     uint32_t u = bits_of(a + lift) + (r << (f.drop - 16)) + (1u << (f.drop - 17));
     return with_sign(float_of(u & (0xffffffffu << f.drop)) - lift, x);
@@ -153,13 +153,12 @@ inline ScaleRule scale_rule(Operand c) {
 constexpr int tile_size = 4096, tile_units = 256;
 struct QuantStage {
     float v[tile_size];                                             // elements; after rounding their values
-    float e[tile_size];                                             // terms of the tally
     union {
         uint16_t random[tile_size];
         float low[tile_size / 2];                                   // a low-rank part's rows
     };
     float amax[tile_units], enc[tile_units], dec[tile_units];       // per unit: amax; element -> code; code -> value
-    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];
+    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];       // (the tally's terms come into err4, too)
     float group[16];
     float sign[128];
 };
@@ -183,11 +182,12 @@ inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols) {
     return s;
 }
 
-// f(k, unit) for every element k of the tile.
-template <class G, class F> HD void elements(G g, const TileShape& t, F f) {
-    if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); });
+// f(k, unit) for every element k of the tile; ahead(k, n) on the way, for every run of n elements from k on.
+template <class G, class F, class A = Nothing> HD void elements(G g, const TileShape& t, F f, A ahead = {}) {
+    if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); }, [&](int i) { ahead(16 * i, 16); });
     else
         for (int r = 0; r < t.R; r++) {
+            ahead(r << t.shift, t.C);
             int row = r << t.shift, units = r / 16 << t.shift;
             g.each(t.C, [&](int c) { f(row + c, units + c); });
         }
@@ -232,8 +232,19 @@ template <class G, class T> HD void load_tile(G g, const TileShape& t, float* v,
     g.sync();
 }
 
+// ahead(k, n) asks for n elements from k on of the tile after this one, to the right or below: tiles are no long runs that a CPU would
+// foresee, and its arithmetic takes as long as memory does.
+template <class G, class T> struct NextTile {
+    const T* corner;
+    int64_t ld;
+    int shift;
+    HD NextTile(G, const TileShape& t, const T* from, int64_t r0, int64_t c0)
+        : corner(from + (c0 + t.C < t.cols ? r0 * t.cols + c0 + t.C : (r0 + t.R) * t.cols)), ld(t.cols), shift(t.shift) {}
+    HD void operator()(int k, int n) const { G::fetch(corner + (k >> shift) * ld + (k & ((1 << shift) - 1)), n); }
+};
+
 // In place: every n elements along the axis times their signs, then times the n x n Sylvester-Hadamard matrix over sqrt(n).
-template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, const float* sign) {
+template <class G, class A = Nothing> HD void hadamard(G g, const TileShape& t, float* v, int n, const float* sign, A ahead = {}) {
     elements(g, t, [&](int k, int) { v[k] *= sign[(t.along_row ? k : k >> t.shift) & (n - 1)]; });
     for (int h = 1; h < n; h *= 2) {
         g.sync();
@@ -253,7 +264,7 @@ template <class G> HD void hadamard(G g, const TileShape& t, float* v, int n, co
     }
     float root = n == 16 ? 0.25f : n == 32 ? 0.17677669f : n == 64 ? 0.125f : 0.088388346f;
     g.sync();
-    elements(g, t, [&](int k, int) { v[k] *= root; });
+    elements(g, t, [&](int k, int) { v[k] *= root; }, ahead);
     g.sync();
 }
 
@@ -265,18 +276,22 @@ template <class G> HD void subtract(G g, const TileShape& t, QuantStage& s, cons
         g.grid16(t.R, [&](int r, int j) { s.low[16 * r + j] = r0 + r < t.rows ? (float)-a[(r0 + r) * k + k0 + j] : 0.f; });
         g.sync();
         const acc_t* below = b + k0 * ld + c0;
-        for (int r = 0; r < t.R; r += 4) {                                          // four rows share what is read of B
+        for (int r = 0; r < t.R; r += 8) {                                          // eight rows share what is read of B
             float* v = s.v + (r << t.shift);
             const float* row = s.low + 16 * r;
             int C = t.C;
             g.each(width, [=](int c) {
-                float x0 = v[c], x1 = v[C + c], x2 = v[2 * C + c], x3 = v[3 * C + c];
+                float x[8];
+                #pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) x[i] = v[i * C + c];
                 #pragma GCC unroll 16
                 for (int j = 0; j < 16; j++) {
                     float y = (float)below[j * ld + c];
-                    x0 = fmaf(row[j], y, x0), x1 = fmaf(row[16 + j], y, x1), x2 = fmaf(row[32 + j], y, x2), x3 = fmaf(row[48 + j], y, x3);
+                    #pragma GCC unroll 8
+                    for (int i = 0; i < 8; i++) x[i] = fmaf(row[16 * i + j], y, x[i]);
                 }
-                v[c] = x0, v[C + c] = x1, v[2 * C + c] = x2, v[3 * C + c] = x3;
+                #pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) v[i * C + c] = x[i];
             });
         }
         g.sync();
@@ -376,11 +391,13 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
         int k = q.k;
         parts = t.count;
         for_tiles<quantise_amax, QuantStage>(ctx, {n * sizeof(From) * 1., 0}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
-            load_tile(g, t, s.v, from, i / t.across * t.R, i % t.across * t.C);
-            if (k) subtract(g, t, s, low_a, low_b, k, i / t.across * t.R, i % t.across * t.C);
+            int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
+            NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
+            load_tile(g, t, s.v, from, r0, c0);
+            if (k) subtract(g, t, s, low_a, low_b, k, r0, c0);
             if (cell.hadamard) {
                 hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
-                hadamard(g, t, s.v, cell.hadamard, s.sign);
+                hadamard(g, t, s.v, cell.hadamard, s.sign, ahead);
             }
             acc_t m = g.max(tile_size, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, (const float*)s.v);
             if (g.lane() == 0) partial[i] = (float)m;
@@ -457,6 +474,9 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             hadamard(g, t, s.v, cell.hadamard, s.sign);
         }
         if (stochastic) draw_tile(g, t, s.random, key, r0, c0);
+        int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+        To* corner = to + r0 * to_ld + c0;
+        if (to) for (int r = 0; r < height; r++) g.fetch(corner + r * to_ld, width);
 
         // Scales of every unit.
         if (blocks) {
@@ -484,8 +504,8 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         auto random = [&](float v, int k) { return round_stochastic(v, s.random[k], f); };
 
         // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
+        auto sum = [](float a, float b) { return a + b; };
         if (choose) {
-            auto sum = [](float a, float b) { return a + b; };
             g.each(tile_units, [&](int u) {
                 float base = s.amax[u] * per_amax;
                 BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
@@ -511,23 +531,24 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
 
         if (tally && i % tally_every == 0)
             for (int what = 0; what < 5; what++) {
-                elements(g, t, [&](int k, int u) {
+                units(g, t, s.err4, [&](int k, int u) {
                     float x = s.v[k], code = x * s.enc[u], y = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u] * S_dec;
-                    s.e[k] = what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
-                           : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
-                           : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
-                });
+                    return what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
+                         : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
+                         : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
+                }, sum);
                 g.sync();
-                float total = (float)g.sum(tile_size, [](acc_t v) { return v; }, (const float*)s.e);
+                float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
                 if (g.lane() == 0) tally[5 * (i / tally_every) + what] = what == 1 ? energy : total;
                 g.sync();
             }
 
         // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
+        NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
         if (packed.codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
         else if (packed.codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
-        else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; });
-        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; });
+        else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
+        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; }, ahead);
         g.sync();
         if (packed.codes) {
             int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
@@ -556,8 +577,6 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
             g.sync();
         }
-        int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-        To* corner = to + r0 * to_ld + c0;
         g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * to_ld + c, s.v[(r << t.shift) + c]); });
     });
     if (q.tally) {

@@ -1,5 +1,7 @@
 // bench_kernels.cu: every row kernel of llama.cuh and the quantisers of fp4.cuh against a copy of as many bytes, and GEMMs of FP4
 // operands against float ones, each pair timed in turn in one run (make bench). Medians of `rounds`; arrays are larger than any cache.
+//
+//     bench_kernels [threads [part]]      part: rows, quantisers, gemms or metis; all of them without one
 #include "../llama.cuh"
 
 struct copy_bytes;
@@ -110,6 +112,8 @@ int main(int argc, char** argv) {
     int64_t N = (int64_t)B * T, W = 2 * F;
     Heads heads = {B, T, c.heads, c.kv_heads, c.head_dim};
     Ctx& ctx = b.ctx;
+    std::string only = argc > 2 ? argv[2] : "";
+    auto wanted = [&](const char* part) { return only.empty() || only == part; };
     Arena size, memory;
     act_t *x, *y, *z, *gu, *s, *qkv;
     acc_t *w, *rstd, *partial, *cosine, *sine, *p, *m, *v, *g;
@@ -126,18 +130,19 @@ int main(int argc, char** argv) {
     initialise(ctx, x, N * C, 1, {1, 0, 0, 0, 0, Purpose::test}), initialise(ctx, y, N * C, 0, {}), initialise(ctx, z, N * C, 0, {});
     initialise(ctx, w, C, 0, {}), initialise(ctx, rstd, N, 0, {}), initialise(ctx, p, P, 0, {}), initialise(ctx, g, P, 0, {});
     set_zero(ctx, m, P * sizeof(acc_t)), set_zero(ctx, v, P * sizeof(acc_t));
-    b.row("residual_rmsnorm", gu, x, N * C, [&] { residual_rmsnorm(ctx, z, s, rstd, x, y, w, N, C, 1e-5f); });
-    b.row("rmsnorm_backward", gu, x, N * C, [&] { rmsnorm_grad(ctx, z, w, partial, x, y, rstd, w, N, C); });
-    b.row("rope", gu, x, N * C, [&] { rotate(ctx, qkv, cosine, sine, heads, 1); });
-    b.row("swiglu_forward", y, x, N * C, [&] { swiglu(ctx, s, gu, N, F); });
-    b.row("swiglu_backward", y, x, N * C, [&] { swiglu_grad(ctx, gu, s, N, F); });
-    b.row("square_chunks", y, x, N * C, [&] { sum_squares(ctx, partial, g, P); });
-    b.row("adamw", y, x, N * C, [&] { adamw_step(ctx, p, m, v, g, P, {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, 0.1f, 0.05f}); });
+    if (wanted("rows")) {
+        b.row("residual_rmsnorm", gu, x, N * C, [&] { residual_rmsnorm(ctx, z, s, rstd, x, y, w, N, C, 1e-5f); });
+        b.row("rmsnorm_backward", gu, x, N * C, [&] { rmsnorm_grad(ctx, z, w, partial, x, y, rstd, w, N, C); });
+        b.row("rope", gu, x, N * C, [&] { rotate(ctx, qkv, cosine, sine, heads, 1); });
+        b.row("swiglu_forward", y, x, N * C, [&] { swiglu(ctx, s, gu, N, F); });
+        b.row("swiglu_backward", y, x, N * C, [&] { swiglu_grad(ctx, gu, s, N, F); });
+        b.row("square_chunks", y, x, N * C, [&] { sum_squares(ctx, partial, g, P); });
+        b.row("adamw", y, x, N * C, [&] { adamw_step(ctx, p, m, v, g, P, {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, 0.1f, 0.05f}); });
+    }
 
     // Quantisers, with their amax pass; bytes: both reads and the write.
-    printf("quantisers: amax, scales, rounding (bytes: two reads and a write)\n");
     Type type = operand_type(Format::nvfp4);
-    std::vector<Recipe> rows = {*find_recipe("nvfp4"), *find_recipe("nvfp4-sr"), *find_recipe("nvidia"), *find_recipe("mxfp4"), *find_recipe("fp8"), *find_recipe("four-over-six")};
+    std::vector<Recipe> rows = {*find_recipe("nvfp4"), *find_recipe("nvfp4-sr"), *find_recipe("nvidia"), *find_recipe("mxfp4"), *find_recipe("fp8"), *find_recipe("four-over-six"), *find_recipe("mxfp8")};
     Arena quant_size, quant;
     OperandScratch scratch;
     acc_t *product, *weight;
@@ -156,18 +161,23 @@ int main(int argc, char** argv) {
         lin.recipe = &rows[row];
         b.row(name, y, x, N * C, [&, which, axis] { prepare(ctx, lin, which, scratch, axis, mat(gu, W), N, W); });
     };
-    quantiser(0, fprop_x, Axis::row, "nvfp4 rows"), quantiser(0, wgrad_d, Axis::column, "nvfp4 columns");
-    quantiser(1, dgrad_d, Axis::row, "nvfp4 sr rows"), quantiser(1, wgrad_d, Axis::column, "nvfp4 sr columns");
-    quantiser(2, dgrad_w, Axis::column, "nvfp4 16x16"), quantiser(2, wgrad_d, Axis::column, "nvfp4 sr h16 columns");
-    quantiser(3, fprop_x, Axis::row, "mxfp4 rows"), quantiser(4, fprop_x, Axis::row, "fp8 rows"), quantiser(5, fprop_x, Axis::row, "nvfp4 4/6 rows");
+    if (wanted("quantisers")) {
+        printf("quantisers: amax, scales, rounding (bytes: two reads and a write)\n");
+        quantiser(0, fprop_x, Axis::row, "nvfp4 rows"), quantiser(0, wgrad_d, Axis::column, "nvfp4 columns");
+        quantiser(1, dgrad_d, Axis::row, "nvfp4 sr rows"), quantiser(1, wgrad_d, Axis::column, "nvfp4 sr columns");
+        quantiser(2, dgrad_w, Axis::column, "nvfp4 16x16"), quantiser(2, wgrad_d, Axis::column, "nvfp4 sr h16 columns");
+        quantiser(3, fprop_x, Axis::row, "mxfp4 rows"), quantiser(3, wgrad_d, Axis::column, "mxfp4 columns"), quantiser(6, fprop_x, Axis::row, "mxfp8 rows");
+        quantiser(4, fprop_x, Axis::row, "fp8 rows"), quantiser(5, fprop_x, Axis::row, "nvfp4 4/6 rows");
+    }
 
     // The three GEMMs of gate_up (4096 tokens): float operands, and FP4 ones as they are emulated, scales and all.
-    printf("GEMMs of FP4 operands against float ones, %s\n", type == Type::bf16 ? "multiplied as bf16" : "multiplied as float: no bf16 units");
+    if (wanted("gemms")) printf("GEMMs of FP4 operands against float ones, %s\n", type == Type::bf16 ? "multiplied as bf16" : "multiplied as float: no bf16 units");
     int64_t l = std::min<int64_t>(N, 4096);
     lin.recipe = &rows[0];
     Mat px = prepare(ctx, lin, fprop_x, scratch, Axis::row, mat(gu, W), l, W).r, pw = prepare(ctx, lin, fprop_w, scratch, Axis::row, mat(weight, C), W, C).r;
     struct { const char* name; int64_t m, n, k; bool ta, tb; int beta; } gemms[] = {{"fprop", l, W, C, false, true, 0}, {"dgrad", l, C, W, false, false, 0}, {"wgrad", W, C, l, true, false, 1}};
     for (auto& q : gemms) {
+        if (!wanted("gemms")) break;
         auto operand = [&](const Mat& m, int64_t height, int64_t width, bool trans) { return Mat{m.data, m.type, trans ? height : width, trans, m.scale}; };
         double flops = 2. * q.m * q.n * q.k;
         Mat fa = operand(mat((const acc_t*)g, 1), q.m, q.k, q.ta), fb = operand(mat((const acc_t*)p, 1), q.k, q.n, q.tb);
@@ -176,6 +186,6 @@ int main(int argc, char** argv) {
         double four = b.rate(flops, [&] { matmul(ctx, "", product, q.n, ea, eb, q.m, q.n, q.k, q.beta); });
         printf("%-22s %8.0f GFLOP/s  float %7.0f GFLOP/s  ratio %.2f\n", q.name, four * 1e-9, plain * 1e-9, four / plain);
     }
-    metis_table(ctx);
+    if (wanted("metis")) metis_table(ctx);
     return 0;
 }
