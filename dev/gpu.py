@@ -64,8 +64,13 @@ def sanitize():
             row(f"{tool} {test}", found[-1] if found else "no summary", "its time ran out" if status == 124 else f"status {status}")
 
 def kernels():
+    global failed
     status, text = shell("kernels", f"{folder}/bench_kernels", 240)
     row("row kernels, quantisers, FP4 GEMMs", "kernels.log", f"status {status}")
+    status, text = shell("kernels", f"{folder}/ladder_quantise", 60)
+    failed |= status != 0
+    row("ladder_quantise", f"{len(re.findall('^ok ', text, re.M))} ok, {len(re.findall('^FAIL ', text, re.M))} failed", f"status {status}")
+    for name, ms, size, rate, share in re.findall(r"^(\d .*?) +([\d.]+) +([\d.]+) +(\d+) +([\d.]+)$", text, re.M): row(name, f"{ms} ms, {rate} GB/s", f"{share}% of copy")
 
 def steps():
     row("shape", "recipe", "ms a step", "tokens/s", "of bf16's", "% of peak")
