@@ -7,7 +7,7 @@
 // The task: a bf16 matrix becomes two operands of FP4 GEMMs, its rows and its columns (the transposed copy), each in blocks of 16 along
 // the axis that its GEMM contracts: 8 bytes of E2M1 codes a block, the first element in the lowest bits, and one E4M3 scale byte.
 //
-//     1 naive         a thread a block of 16, element by element                          reads twice, and scattered
+//     1 naive         a thread a block of 16, element by element                          scattered loads and stores
 //     2 coalesced     neighbouring lanes on neighbouring elements, amax by shuffles       every byte of a transaction is used
 //     3 vectorised    16-byte loads, 8-byte stores                                        fewer instructions for the same bytes
 //     4 one pass      128 x 128 tiles in shared memory, both operands from one read       fewer bytes: 3.125 an element, not 5.125
@@ -19,16 +19,7 @@
 // Numbers come from fp4.cuh alone (nvfp4_scale, round_nearest, encode, the Hadamard's signs): what changes from rung to rung is who
 // reads what when, so every rung must give the same bytes, and the program demands that they equal those of a plain loop, all of them.
 #include "../fp4.cuh"           // the numbers; scale_offset; tensor_scale, quantise: rung 6
-#include "../test/test.h"       // check, done
-
-#ifndef __CUDACC__
-#error "a program for GPUs: make GPU=1 build/gpu-.../ladder_quantise, or build/emulated/ladder_quantise"
-#endif
-#ifdef METIS_EMULATED
-constexpr bool timed = false;   // an emulated device knows nothing of speed
-#else
-constexpr bool timed = true;
-#endif
+#include "ladder.h"             // timed, median_seconds, check, done
 
 // One operand: element (o, i), i along the contracted axis, is x[o * step_o + i * step_i]. Rows have steps cols and 1, columns 1 and cols.
 // Beyond `inner` (a matrix whose rows are no multiple of 16) the last block of a column is filled up with zeros.
@@ -65,6 +56,12 @@ HD uint2 codes16(const float* v, BlockScale s) {
 }
 HD float lower(uint32_t pair) { return float_of(pair << 16); }              // two bf16 in a register; bf16 is the upper half of a float
 HD float upper(uint32_t pair) { return float_of(pair & 0xffff0000u); }
+HD void unpack(float* v, const uint4 (&q)[2]) {
+    uint32_t w[8];
+    memcpy(w, q, 32);                                                       // a name for registers; nothing is copied
+    #pragma unroll
+    for (int j = 0; j < 8; j++) v[2 * j] = lower(w[j]), v[2 * j + 1] = upper(w[j]);
+}
 
 // Signs, butterflies, 1/4: the operations and their order are those of hadamard() in fp4.cuh, but on sixteen registers.
 HD void rotate16(float* v, const float* sign) {
@@ -84,45 +81,42 @@ HD void rotate16(float* v, const float* sign) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// The reference: a loop over blocks, on the host.
+// One block from its elements to its bytes, one by one; and the reference, which is a loop over all blocks on the host.
 
+HD void plain_block(const View& m, int64_t o, int64_t b, const float* sign = nullptr) {
+    float v[16];
+    for (int j = 0; j < 16; j++) v[j] = m.at(o, 16 * b + j);
+    if (sign) rotate16(v, sign);
+    BlockScale s = block_scale(m, amax16(v));
+    m.scale_of(o, b) = scale_byte(s);
+    for (int j = 0; j < 16; j += 2) m.codes_of(o, b)[j / 2] = (uint8_t)(code_of(v[j], s) | code_of(v[j + 1], s) << 4);
+}
 struct Serial {                                         // a group of one lane, for hadamard_signs
     HD void sync() const {}
     template <class F> HD void each(int n, F f) const { for (int i = 0; i < n; i++) f(i); }
 };
 static void reference(const View& m, bool rotated) {
-    float sign[128], v[16];
+    float sign[128];
     hadamard_signs(Serial(), sign, Signs::fixed, Words{});
     for (int64_t o = 0; o < m.outer; o++)
-        for (int64_t b = 0; b < m.blocks; b++) {
-            for (int j = 0; j < 16; j++) v[j] = m.at(o, 16 * b + j);
-            if (rotated) rotate16(v, sign);
-            BlockScale s = block_scale(m, amax16(v));
-            m.scale_of(o, b) = scale_byte(s);
-            for (int j = 0; j < 16; j += 2) m.codes_of(o, b)[j / 2] = (uint8_t)(code_of(v[j], s) | code_of(v[j + 1], s) << 4);
-        }
+        for (int64_t b = 0; b < m.blocks; b++) plain_block(m, o, b, rotated ? sign : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Rung 1, naive. The reference's two inner loops with a thread in place of an iteration; one kernel serves both operands.
+// Rung 1, naive. A thread in place of the reference's iteration; one kernel serves both operands.
 // Limit: scattered access. Along rows, lanes are 32 bytes apart: a load instruction of 2 bytes a lane fetches 32 sectors of 32 bytes for
-// 64 bytes, and hopes that the cache still has them for the next fifteen loads, and for the second pass. Down columns it is worse:
-// lanes are 16 rows apart, and of every sector fetched only 2 bytes are this warp's. Codes are stored byte by byte.
+// 64 bytes, and hopes that the cache still has them for the next fifteen loads. Down columns it is worse: lanes are 16 rows apart, and of
+// every sector fetched only 2 bytes are this warp's. Codes are stored byte by byte.
 // Bytes an element if caches were perfect: 2 x (2 + 1/2 + 1/16) = 5.125.
 __global__ void naive(View m) {
     unsigned k = blockIdx.x * blockDim.x + threadIdx.x;             // 32 bits: a division of 64 is a routine, many times as long
     unsigned o = k / (unsigned)m.blocks, b = k % (unsigned)m.blocks;
-    if (o >= m.outer) return;
-    float amax = 0;
-    for (int j = 0; j < 16; j++) amax = fmaxf(amax, magnitude_or_infinity(m.at(o, 16 * b + j)));
-    BlockScale s = block_scale(m, amax);
-    m.scale_of(o, b) = scale_byte(s);
-    for (int j = 0; j < 16; j += 2) m.codes_of(o, b)[j / 2] = (uint8_t)(code_of(m.at(o, 16 * b + j), s) | code_of(m.at(o, 16 * b + j + 1), s) << 4);
+    if (o < m.outer) plain_block(m, o, b);
 }
 
-// Rung 2, coalesced. Neighbouring lanes take neighbouring elements, so that a warp's load is one run of 64 bytes, read once.
+// Rung 2, coalesced. Neighbouring lanes take neighbouring elements, so that a warp's load is one run of 64 bytes.
 // Rows: a thread an element; the sixteen lanes of a block find its amax by four shuffles, and a lane gets its neighbour's code by a fifth.
-// Columns: a thread is a block again, but its neighbour is the next *column*: each of its 16 loads is a run, and amax needs no shuffle.
+// Columns: rung 1 with other lanes: a thread's neighbour takes the next *column*, not the next block, and each of its 16 loads is a run.
 // Limit: instructions. Sixteen lanes compute the same scale and its division; a load carries 2 bytes a lane. And columns still store
 // single bytes, each lane to a row of its own of the transposed copy. Bytes an element: 5.125 and what scattered stores waste.
 __global__ void coalesced_rows(View m) {
@@ -137,12 +131,7 @@ __global__ void coalesced_rows(View m) {
 }
 __global__ void coalesced_columns(View m) {
     unsigned k = blockIdx.x * blockDim.x + threadIdx.x, o = k % (unsigned)m.outer, b = k / (unsigned)m.outer;       // o runs fastest
-    if (b >= m.blocks) return;
-    float v[16];
-    for (int j = 0; j < 16; j++) v[j] = m.at(o, 16 * b + j);
-    BlockScale s = block_scale(m, amax16(v));
-    m.scale_of(o, b) = scale_byte(s);
-    for (int j = 0; j < 16; j += 2) m.codes_of(o, b)[j / 2] = (uint8_t)(code_of(v[j], s) | code_of(v[j + 1], s) << 4);
+    if (b < m.blocks) plain_block(m, o, b);
 }
 
 // Rung 3, vectorised. A thread a block again, but now as the memory system likes it: its 32 bytes in two loads of 16, its 8 bytes of codes
@@ -154,11 +143,8 @@ __global__ void vectorised_rows(View m) {
     unsigned k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= m.outer * m.blocks) return;
     uint4 q[2] = {((const uint4*)m.x)[2 * k], ((const uint4*)m.x)[2 * k + 1]};
-    uint32_t w[8];
-    memcpy(w, q, 32);                                               // a name for registers; nothing is copied
     float v[16];
-    #pragma unroll
-    for (int j = 0; j < 8; j++) v[2 * j] = lower(w[j]), v[2 * j + 1] = upper(w[j]);
+    unpack(v, q);
     BlockScale s = block_scale(m, amax16(v));
     ((uint2*)m.codes)[k] = codes16(v, s);
     m.scales[k] = scale_byte(s);
@@ -207,11 +193,8 @@ template <bool rotated> __global__ void __launch_bounds__(256) one_pass(View m, 
         }
         uint4* to = (uint4*)&tile[r][8 * b];
         to[0] = q[0], to[1] = q[1];
-        uint32_t w[8];
-        memcpy(w, q, 32);
         float v[16];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) v[2 * j] = lower(w[j]), v[2 * j + 1] = upper(w[j]);
+        unpack(v, q);
         BlockScale s = block_scale(m, amax16(v));
         scales[0][scale_offset(r, b, 8, ScaleOrder::tiled)] = scale_byte(s);
         if (inside) *(uint2*)m.codes_of(r0 + r, c0 / 16 + b) = codes16(v, s);
@@ -369,22 +352,6 @@ static void compare(Ctx& ctx, Arena arena, const Rung& rung, int64_t rows, int64
     snprintf(name, sizeof name, "%s, %lld x %lld%s: the reference's bytes", rung.name, (long long)rows, (long long)cols, outlier ? " with an outlier" : "");
     check(!differ, name, "%zu bytes of three times %zu differ, the first at %zu (rows' scales start at %zu, columns' codes at %zu, scales at %zu)", differ, want.size(),
           first, p.row.scales - out, p.column.codes - out, p.column.scales - out);
-}
-
-// The median of 25 times, each of a few calls in a row, so that the wait at the end is small beside them.
-template <class F> double median_seconds(Ctx& ctx, F call) {
-    const int runs = 25, calls = 4;
-    std::vector<double> t;
-    call();
-    for (int i = 0; i < runs; i++) {
-        ctx.synchronise();
-        double begin = seconds();
-        for (int k = 0; k < calls; k++) call();
-        ctx.synchronise();
-        t.push_back((seconds() - begin) / calls);
-    }
-    std::sort(t.begin(), t.end());
-    return t[runs / 2];
 }
 
 static void speeds(Ctx& ctx, Arena arena, int64_t rows, int64_t cols) {
