@@ -113,7 +113,7 @@ test-asan:
 	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -O1" test
 
 # --- the GPU side of the sources, compiled by a C++ compiler against an emulated device; act_t is bf16 here, as on a GPU -------------
-LADDERS  = ladder_quantise
+LADDERS  = ladder_quantise ladder_attention
 EMULATED = $(patsubst %,build/emulated/%,$(patsubst %,test_%,kernels matmul quantise linear metis golden) $(LADDERS))
 vpath test_%.cu test
 vpath ladder_%.cu dev

@@ -67,10 +67,11 @@ def kernels():
     global failed
     status, text = shell("kernels", f"{folder}/bench_kernels", 240)
     row("row kernels, quantisers, FP4 GEMMs", "kernels.log", f"status {status}")
-    status, text = shell("kernels", f"{folder}/ladder_quantise", 60)
-    failed |= status != 0
-    row("ladder_quantise", f"{len(re.findall('^ok ', text, re.M))} ok, {len(re.findall('^FAIL ', text, re.M))} failed", f"status {status}")
-    for name, ms, size, rate, share in re.findall(r"^(\d .*?) +([\d.]+) +([\d.]+) +(\d+) +([\d.]+)$", text, re.M): row(name, f"{ms} ms, {rate} GB/s", f"{share}% of copy")
+    for ladder in "ladder_quantise", "ladder_attention":
+        status, text = shell("kernels", f"{folder}/{ladder}", 60)
+        failed |= status != 0
+        row(ladder, f"{len(re.findall('^ok ', text, re.M))} ok, {len(re.findall('^FAIL ', text, re.M))} failed", f"status {status}")
+        for name, ms, rest in re.findall(r"^([1-9] \S.{18}) +([\d.]+) +([\d. ]+)$", text, re.M): row(name.strip(), f"{ms} ms", f"{rest.split()[-1]}% of {'a copy' if 'quantise' in ladder else 'a GEMM'}")
 
 def steps():
     row("shape", "recipe", "ms a step", "tokens/s", "of bf16's", "% of peak")
