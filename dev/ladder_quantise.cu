@@ -1,4 +1,4 @@
-// ladder_quantise.cu: the NVFP4 quantiser in six rungs, each faster than the one below for a reason that can be said in a sentence.
+// ladder_quantise.cu: the NVFP4 quantiser in six rungs. Up to the fourth, each takes away what the one below it was waiting for.
 //
 //     make GPU=1 print-dir                                     build/gpu-90a, say
 //     make GPU=1 build/gpu-90a/ladder_quantise && build/gpu-90a/ladder_quantise            checks, then speeds
@@ -18,6 +18,7 @@
 // run. What a rung falls short of it is badly used transactions (1, 2), or arithmetic that memory does not hide.
 // Numbers come from fp4.cuh alone (nvfp4_scale, round_nearest, encode, the Hadamard's signs): what changes from rung to rung is who
 // reads what when, so every rung must give the same bytes, and the program demands that they equal those of a plain loop, all of them.
+// Production shares none of this file's code, so rung 6 holds the loop itself to account.
 #include "../fp4.cuh"           // the numbers; scale_offset; tensor_scale, quantise: rung 6
 #include "ladder.h"             // timed, median_seconds, check, done
 
