@@ -113,8 +113,11 @@ test-asan:
 	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -O1" test
 
 # --- the GPU side of the sources, compiled by a C++ compiler against an emulated device; act_t is bf16 here, as on a GPU -------------
-EMULATED = $(patsubst %,build/emulated/test_%,kernels matmul quantise linear metis golden)
-build/emulated/test_%: test/test_%.cu
+LADDERS  = ladder_quantise ladder_attention
+EMULATED = $(patsubst %,build/emulated/%,$(patsubst %,test_%,kernels matmul quantise linear metis golden) $(LADDERS))
+vpath test_%.cu test
+vpath ladder_%.cu dev
+build/emulated/%: %.cu
 	@mkdir -p build/emulated
 	$(CXX) $(filter-out -O3,$(CXXFLAGS)) -O2 -march=native -D__CUDACC__ -DMETIS_EMULATED -isystem test/emulated -MMD -MP -MF $@.d -x c++ $< -o $@
 test-emulated: $(EMULATED)
@@ -122,14 +125,14 @@ test-emulated: $(EMULATED)
 
 # --- the GPU program for every target of ours that this nvcc knows; its tests, benchmark and ACT=float variant for one -----------
 TARGETS = $(filter $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)) 90a 100a 120a,80 89 90a 100a 120a)
-CHECKS  = train_llama.float test_kernels test_matmul test_fp4 test_quantise test_linear test_subspace test_metis test_golden bench_kernels
+CHECKS  = train_llama.float test_kernels test_matmul test_fp4 test_quantise test_linear test_subspace test_metis test_golden bench_kernels $(LADDERS)
 gpu-compile: $(patsubst %,build/compile/%.o,$(TARGETS)) $(patsubst %,build/compile/check/%.o,$(CHECKS))
 	@echo "compiled for: $(patsubst %,sm_%,$(TARGETS))"
 build/compile/%.o: train_llama.cu
 	@mkdir -p build/compile
 	$(NVCC) $(NVCCFLAGS) -gencode arch=compute_$*,code=sm_$* -MMD -MP -MF $@.d -DBUILD='"compile check"' -c $< -o $@
 
-$(DIR)/bench_kernels: dev/bench_kernels.cu
+$(patsubst %,$(DIR)/%,bench_kernels $(LADDERS)): $(DIR)/%: dev/%.cu
 	@mkdir -p $(DIR)
 	$(COMPILE) -MMD -MP -MF $@.d $< -o $@ $(LIBS)
 build/compile/check/train_llama.float.o: train_llama.cu
@@ -141,7 +144,7 @@ build/compile/check/test_linear.o: test/test_linear.cu
 build/compile/check/test_subspace.o: test/test_subspace.cu
 build/compile/check/test_metis.o: test/test_metis.cu
 build/compile/check/test_golden.o: test/test_golden.cu
-build/compile/check/bench_kernels.o: dev/bench_kernels.cu
+$(patsubst %,build/compile/check/%.o,bench_kernels $(LADDERS)): build/compile/check/%.o: dev/%.cu
 build/compile/check/%.o:
 	@mkdir -p build/compile/check
 	$(NVCC) $(NVCCFLAGS) -gencode arch=compute_90a,code=sm_90a $(if $(findstring float,$*),-DMETIS_ACT_FLOAT) -MMD -MP -MF $@.d -c $< -o $@
@@ -155,7 +158,7 @@ gpu-check: data/stories.txt
 print-dir:
 	@echo $(DIR)
 print-gpu-tests:
-	@echo $(filter $(DIR)/%,$(TESTS)) $(DIR)/bench_kernels
+	@echo $(filter $(DIR)/%,$(TESTS)) $(patsubst %,$(DIR)/%,bench_kernels $(LADDERS))
 clean:
 	rm -rf build train_llama
 help:

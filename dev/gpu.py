@@ -64,8 +64,14 @@ def sanitize():
             row(f"{tool} {test}", found[-1] if found else "no summary", "its time ran out" if status == 124 else f"status {status}")
 
 def kernels():
+    global failed
     status, text = shell("kernels", f"{folder}/bench_kernels", 240)
     row("row kernels, quantisers, FP4 GEMMs", "kernels.log", f"status {status}")
+    for ladder in "ladder_quantise", "ladder_attention":
+        status, text = shell("kernels", f"{folder}/{ladder}", 60)
+        failed |= status != 0
+        row(ladder, f"{len(re.findall('^ok ', text, re.M))} ok, {len(re.findall('^FAIL ', text, re.M))} failed", f"status {status}")
+        for name, ms, rest in re.findall(r"^([1-9] \S.{18}) +([\d.]+) +([\d. ]+)$", text, re.M): row(name.strip(), f"{ms} ms", f"{rest.split()[-1]}% of {'a copy' if 'quantise' in ladder else 'a GEMM'}")
 
 def steps():
     row("shape", "recipe", "ms a step", "tokens/s", "of bf16's", "% of peak")

@@ -1,0 +1,229 @@
+// ladder_attention.cu: the forward of causal attention in four rungs, from a dot product a lane to production's tensor-core kernel.
+//
+//     make GPU=1 build/gpu-90a/ladder_attention && build/gpu-90a/ladder_attention          checks, then speeds (make GPU=1 print-dir)
+//     make build/emulated/ladder_attention && build/emulated/ladder_attention              checks alone, on a machine without a GPU
+//
+//     1 plain          a warp a query, a lane a key, float FMAs (attention.cuh)             every FMA fetches an operand from shared memory
+//     2 mma            a warp 16 queries, tensor cores, tiles loaded and then used          loads and products wait for each other
+//     3 + cp.async     the same kernel, tiles arriving while products run                   a fragment of K or V feeds one product
+//     4 production     32 queries a warp (flash.cuh)                                        a fragment feeds two
+//
+// The work is 2 D multiply-adds a (query, key) pair, and a block's queries share every key that is read, so the yardstick is not bandwidth
+// but a bf16 GEMM's FLOP/s, measured in the same run. All rungs keep a row's running maximum and sum (FlashAttention, arXiv
+// 2205.14135), so that no score ever reaches global memory; it is how they multiply that differs.
+// Bytes an element, the least: qkv read once and O, its rest and lse written: 2 (H + 2 KV) D + 4 H D + 4 H a token. A block of 8, 64, 64 or 128
+// queries reads all keys and values before it again, from the L2 cache if it can: 1/8, 1/64, 1/64, 1/128 of 4 D bytes a (query, key) pair.
+//
+// What is checked: O (as bf16 and what that rounding lost) and lse against plain attention in double. Rung 1 holds P in float; the
+// others round it to bf16 on its way into the second product, an error of at most 2^-9 of every term: the tolerance is that bound, doubled.
+#include "../attention.cuh"     // Heads, attention_rows, flash_*
+#include "ladder.h"             // timed, median_seconds, check, done
+
+struct Problem {
+    Heads s;
+    bf16 *out, *low;                        // (B T) x (H D)
+    float* lse;                             // (B T) x H
+    size_t bytes;                           // of these three, which lie one after another
+    bf16* qkv;                              // (B T) x row()
+    float scale() const { return 1 / std::sqrt((float)s.D); }
+    int64_t tokens() const { return (int64_t)s.B * s.T; }
+};
+
+// Rung 1, plain: attention.cuh's kernel for any head size. 8 warps, a query each, share tiles of 32 keys and values, kept in float. A lane
+// scores its key by a dot product as long as D, and owns every 32nd element of O.
+// Limit: instructions and shared memory. An SM's lanes do 128 FMAs a cycle, and each needs at least one 4-byte operand from shared
+// memory, which gives 32 a cycle: at most a quarter of the FMAs' rate, and tensor cores are many times faster than that.
+static void plain(Ctx& ctx, const Problem& p) {
+    int64_t blocks = (int64_t)(p.s.T + attention_warps - 1) / attention_warps * p.s.B * p.s.H;
+    start(ctx, attention_rows<0>, blocks, 32 * attention_warps, 0, p.out, p.low, (int64_t)p.s.H * p.s.D, p.lse, p.qkv, nullptr, nullptr, p.s, p.scale());
+}
+
+// A tile into shared memory by way of registers, which flash_load's cp.async goes without: the store waits for its load, and with it
+// all that the thread would do next. Same places, same zeros beyond `valid`.
+template <int D> __device__ void load_and_wait(bf16* tile, const bf16* from, int64_t stride, int rows, int valid) {
+    for (int i = threadIdx.x; i < rows * (D / 8); i += flash_lanes) {
+        int r = i / (D / 8), c = i % (D / 8);
+        *(uint4*)flash_at<D>(tile, r, c) = r < valid ? *(const uint4*)(from + r * stride + c * 8) : uint4{};
+    }
+}
+
+// Rungs 2 and 3, mma: 64 queries a block, 16 a warp, in tiles of 64 keys. One instruction of a warp, m16n8k16, does 2048 multiply-adds,
+// and a fragment of four registers a lane is all that shared memory must give for two of them. Scores come out in the very layout in
+// which the second product wants its left operand (ptx.cuh), so P goes from one to the other in registers, rounded to bf16.
+// Limit of rung 2: at every tile the warps load, wait, multiply, load, wait, multiply; tensor cores idle while memory answers.
+// Rung 3 has the copy of V under way during the scores, and the next K's during the second product. Its limit is shared memory again:
+// every fragment of K and V is read for one product of 16 rows.
+template <int D, bool asynchronous> __global__ void __launch_bounds__(flash_lanes) mma_forward(bf16* out, bf16* low, float* lse, const bf16* qkv, Heads s, float scale) {
+    bf16 *Q = (bf16*)shared_memory(), *K = Q + 64 * D, *V = K + 64 * D;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int blocks = (s.T + 63) / 64, heads = s.B * s.H;
+    int block = blocks - 1 - (int)blockIdx.x / heads, b = blockIdx.x % heads / s.H, h = blockIdx.x % s.H, kv = h / (s.H / s.KV);    // long ones first
+    int q0 = 64 * block, first = q0 + 16 * warp;
+    int64_t row = s.row();
+    const bf16* base = qkv + (int64_t)b * s.T * row;
+    const bf16 *keys = base + (s.H + kv) * D, *values = keys + s.KV * D;
+    auto fetch = [=](bf16* tile, const bf16* from, int at) {                    // 64 rows from `at` on
+        if (asynchronous) flash_load<D>(tile, from + at * row, row, 64, s.T - at), copy_commit();
+        else load_and_wait<D>(tile, from + at * row, row, 64, s.T - at);
+    };
+    auto arrive = [] {
+        if (asynchronous) copy_wait<0>();
+        __syncthreads();
+    };
+    fetch(Q, base + h * D, q0), fetch(K, keys, 0);
+    arrive();
+    uint32_t q[D / 16][4];                                                      // this warp's queries stay in registers
+    #pragma unroll
+    for (int k = 0; k < D / 16; k++) flash_rows<D>(q[k], Q, 16 * warp, k);
+
+    float o[D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};           // rows g and g + 8 of the warp's 16
+    const float c = scale * log2_e;                                             // powers of 2 are what the hardware has
+    for (int j = 0; j <= block; j++) {
+        fetch(V, values, 64 * j);
+        float p[8][4];
+        flash_product<D>(p, q, K);
+        arrive();                                                               // V is here, and nobody reads K any more
+        if (j < block) fetch(K, keys, 64 * (j + 1));
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float top = m[half], sum = 0;
+            #pragma unroll
+            for (int n = 0; n < 8; n++)
+                #pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++) {
+                    if (64 * j + 8 * n + 2 * t + e % 2 > first + 8 * half + g) p[n][e] = -INFINITY;
+                    top = fmaxf(top, p[n][e]);
+                }
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));             // the row's other columns are in the quad's other lanes
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            float fade = exp2_fast((m[half] - top) * c);                        // what all sums so far lose to the new maximum
+            #pragma unroll
+            for (int n = 0; n < 8; n++)
+                #pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++) sum += p[n][e] = exp2_fast(fmaf(p[n][e], c, -top * c));
+            m[half] = top, l[half] = l[half] * fade + sum;
+            #pragma unroll
+            for (int n = 0; n < D / 8; n++) o[n][2 * half] *= fade, o[n][2 * half + 1] *= fade;
+        }
+        flash_accumulate<D>(o, p, V);
+        arrive();                                                               // the next K is here, and nobody reads V any more
+    }
+    float inverse[2];
+    for (int half = 0; half < 2; half++) {
+        float sum = l[half] + __shfl_xor_sync(0xffffffffu, l[half], 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        inverse[half] = 1 / sum;
+        int query = first + 8 * half + g;
+        if (t == 0 && query < s.T) lse[((int64_t)b * s.T + query) * s.H + h] = fmaf(m[half], scale, log_(sum));
+    }
+    int64_t at = (((int64_t)b * s.T + first) * s.H + h) * D;
+    bf16* own = Q + 16 * warp * D;                                              // this warp alone read these rows
+    auto value = [&](int n, int e) { return o[n][e] * inverse[e / 2]; };
+    flash_store<D>(out + at, (int64_t)s.H * D, s.T - first, own, value);
+    flash_store<D>(low + at, (int64_t)s.H * D, s.T - first, own, [&](int n, int e) { return value(n, e) - as_act(value(n, e)); });
+}
+template <bool asynchronous> void mma(Ctx& ctx, const Problem& p) {
+    int64_t blocks = (int64_t)(p.s.T + 63) / 64 * p.s.B * p.s.H;
+    size_t shared = 192 * p.s.D * sizeof(bf16);
+    if (p.s.D == 64) start(ctx, mma_forward<64, asynchronous>, blocks, flash_lanes, shared, p.out, p.low, p.lse, p.qkv, p.s, p.scale());
+    else start(ctx, mma_forward<128, asynchronous>, blocks, flash_lanes, shared, p.out, p.low, p.lse, p.qkv, p.s, p.scale());
+}
+
+// Rung 4, production: flash.cuh. 128 queries a block, 32 a warp: two fragments of rows share every fragment of K and V, half the reads of
+// shared memory a product. Q stays in shared memory: there are no registers left for it.
+static void production(Ctx& ctx, const Problem& p) {
+    (p.s.D == 64 ? flash_forward_run<64> : flash_forward_run<128>)(ctx, p.out, p.low, p.lse, p.qkv, p.s, p.scale());
+}
+
+struct Rung {
+    const char* name;
+    double tolerance;                       // of O, as a share of the sum of |P V|'s terms
+    void (*run)(Ctx&, const Problem&);
+};
+static const Rung rungs[] = {{"1 plain", 1e-5, plain}, {"2 mma", 0x1p-8, mma<false>}, {"3 + cp.async", 0x1p-8, mma<true>}, {"4 production", 0x1p-8, production}};
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Checks and speeds
+
+static Problem make_problem(Ctx& ctx, Arena& arena, Heads s, std::vector<bf16>& qkv) {
+    int64_t n = (int64_t)s.B * s.T * s.row(), outputs = (int64_t)s.B * s.T * s.H;
+    size_t from = arena.used;
+    Problem p = {s, arena.take<bf16>(outputs * s.D), arena.take<bf16>(outputs * s.D), arena.take<float>(outputs), arena.used - from, arena.take<bf16>(n)};
+    qkv.resize(n);
+    #pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) store(&qkv[i], 2 * normal({7, 0, 0, 0, 0, Purpose::test}, (uint64_t)i));      // scores of deviation 4: some rows nearly one key's
+    to_device(ctx, p.qkv, qkv.data(), n * sizeof(bf16));
+    return p;
+}
+
+static void compare(Ctx& ctx, Arena arena, const Rung& rung, Heads s) {
+    std::vector<bf16> qkv;
+    Problem p = make_problem(ctx, arena, s, qkv);
+    // Six times, for the emulated device has three orders of lanes, and early and late copies; every run must give the same bits.
+    bool same = true;
+    std::vector<uint8_t> seen, before;
+    for (int turn = 0; turn < 6; turn++) {
+        seen.assign(p.bytes, 0xff);                                 // NaN in either type: what a rung forgets is seen
+        to_device(ctx, p.out, seen.data(), p.bytes);
+        rung.run(ctx, p);
+        CUDA(cudaGetLastError());
+        to_host(ctx, seen.data(), p.out, p.bytes);
+        same = same && (turn == 0 || seen == before);
+        before = seen;
+    }
+    auto here = [&](void* there) { return seen.data() + ((char*)there - (char*)p.out); };
+    const bf16 *out = (const bf16*)here(p.out), *low = (const bf16*)here(p.low);
+    const float* lse = (const float*)here(p.lse);
+    int64_t rows = p.tokens() * s.H;
+    double worst = 0, worst_lse = 0;
+    auto widen = [](double& to, double off) { to = off <= to || std::isnan(to) ? to : off; };      // a NaN stays
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = r / s.H, h = r % s.H, i = token % s.T, group = s.H / s.KV;
+        auto part = [&](int64_t t, int64_t head) { return &qkv[t * s.row() + head * s.D]; };      // heads: queries, keys, values
+        std::vector<double> score(i + 1);
+        double top = -INFINITY, sum = 0;
+        for (int64_t j = 0; j <= i; j++) {
+            for (int d = 0; d < s.D; d++) score[j] += (double)load(part(token, h) + d) * load(part(token - i + j, s.H + h / group) + d);
+            top = std::max(top, score[j] /= std::sqrt((double)s.D));
+        }
+        for (double& x : score) sum += x = std::exp(x - top);
+        for (int d = 0; d < s.D; d++) {
+            double o = 0, terms = 0;
+            for (int64_t j = 0; j <= i; j++) {
+                double term = score[j] / sum * load(part(token - i + j, s.H + s.KV + h / group) + d);
+                o += term, terms += std::fabs(term);
+            }
+            widen(worst, std::fabs((double)load(out + r * s.D + d) + load(low + r * s.D + d) - o) / (terms + 1e-30));
+        }
+        widen(worst_lse, std::fabs(lse[r] - (top + std::log(sum))));
+    }
+    char name[100];
+    snprintf(name, sizeof name, "%s, %d x %d tokens, %d heads on %d of %d", rung.name, s.B, s.T, s.H, s.KV, s.D);
+    check(same && near(worst, 0, rung.tolerance) && near(worst_lse, 0, 2e-5), name, "%sO off by %.3g of its terms' sum (%.3g allowed), lse by %.3g", same ? "" : "runs differ; ", worst, rung.tolerance, worst_lse);
+}
+
+static void speeds(Ctx& ctx, Arena arena, Heads s) {
+    std::vector<bf16> qkv;
+    Problem p = make_problem(ctx, arena, s, qkv);
+    const int64_t n = 4096;                                         // the yardstick: 4096^3, of the same numbers
+    ctx.plans = std::make_shared<MatmulPlans>(ctx);
+    acc_t* product = arena.take<acc_t>(n * n);
+    Mat a = mat((const act_t*)p.qkv, n), b = mat((const act_t*)p.qkv + n * n, n);
+    double best = 2. * n * n * n / median_seconds(ctx, [&] { matmul(ctx, "", product, n, a, b, n, n, n, 0); });
+    printf("%d x %d tokens, %d heads on %d of %d; a bf16 GEMM of 4096^3 runs at %.0f TFLOP/s\n%-20s %9s %9s %9s\n", s.B, s.T, s.H, s.KV, s.D, best * 1e-12, "rung", "ms", "TFLOP/s", "% of GEMM");
+    for (const Rung& rung : rungs) {
+        double t = median_seconds(ctx, [&] { rung.run(ctx, p); }), rate = attention_flops(s, 2) / t;
+        printf("%-20s %9.3f %9.1f %9.1f\n", rung.name, 1e3 * t, rate * 1e-12, 100 * rate / best);
+    }
+}
+
+int main(int, char** argv) {
+    calm_openmp(argv);
+    Ctx ctx;
+    Arena arena = {(char*)device_alloc((size_t)1 << (timed ? 30 : 24), "the ladder")};
+    const Heads shapes[] = {{1, 1, 1, 1, 64}, {2, 64, 2, 1, 64}, {1, 150, 4, 2, 64}, {2, 37, 2, 2, 128}, {1, 193, 2, 1, 128}};       // tiles full, half full, one row
+    for (const Rung& rung : rungs)
+        for (const Heads& s : shapes) compare(ctx, arena, rung, s);
+    if (timed && !test_failures) speeds(ctx, arena, {4, 4096, 32, 8, 128});
+    return done();
+}
