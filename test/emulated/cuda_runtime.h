@@ -4,8 +4,8 @@
 //
 // It proves what needs no GPU to be known: indices, fragment layouts, swizzles, barriers, copies that were not waited for. It says
 // nothing of speed. Every lane of a block is a fiber; lanes run one after another until each waits at a barrier or a warp-wide
-// instruction, or has ended; then whoever is complete goes on. The order of the lanes, and whether an asynchronous copy happens at
-// once or as late as it may, changes from launch to launch: a race shows as a run whose bits differ from another's. A barrier that
+// instruction, or has ended; then whoever is complete goes on. The order of the lanes, whether warps go in step or run ahead, and whether an
+// asynchronous copy happens at once or as late as it may, change from launch to launch: a race shows as a run whose bits differ. A barrier that
 // some lanes never reach ends the program with a line that says who waits where. Shared memory is this thread's and is never cleared.
 #pragma once
 #include <atomic>
@@ -106,50 +106,55 @@ inline void make_lanes(unsigned count) {
     abort();
 }
 
-// One block to its end. `order`: which way the lanes take turns.
+// Every lane of [first, last) that may goes on until it waits or ends; `order` says who comes first.
+inline void advance(unsigned first, unsigned last, unsigned order) {
+    unsigned count = last - first;
+    for (unsigned n = 0; n < count; n++) {
+        unsigned i = first + (order % 3 == 0 ? n : order % 3 == 1 ? count - 1 - n : count % 37 ? (n * 37 + order) % count : n);
+        Lane& lane = block.lanes[i];
+        if (lane.state != Lane::ready) continue;
+        block.now = &lane, threadIdx = dim3(i, 0, 0);
+        if (_setjmp(block.scheduler) == 0) _longjmp(lane.at, 1);
+    }
+}
+// Lets go whoever has met all the lanes of its mask at the same instruction; whether anybody has.
+inline bool meet(unsigned first, unsigned last) {
+    bool moved = false;
+    for (unsigned i = first; i < last; i++) {
+        Lane& lane = block.lanes[i];
+        if (lane.state != Lane::at_warp) continue;
+        bool all = true;
+        unsigned turns = 0, warp = i / 32 * 32, mask = lane.mask;
+        auto each = [&](auto f) {
+            for (unsigned j = 0; j < 32 && warp + j < last; j++)                // a last warp may not be full
+                if (mask >> j & 1) f(block.lanes[warp + j], j);
+        };
+        each([&](const Lane& other, unsigned j) {
+            turns |= (other.turn & 1u) << j;
+            all = all && other.state == Lane::at_warp && other.mask == mask && other.where == lane.where;
+        });
+        if (!all) continue;
+        each([&](Lane& other, unsigned) { other.state = Lane::ready, other.turns = turns; });
+        moved = true;
+    }
+    return moved;
+}
+// One block to its end. `order` also says whether its warps go on together, or each as far as the next barrier before another begins: on
+// a device they are anywhere between.
 inline void run_block(unsigned count, unsigned order) {
     for (unsigned i = 0; i < count; i++) block.lanes[i].state = Lane::ready, block.lanes[i].groups = 0, block.lanes[i].copies.clear();
+    unsigned span = order / 3 % 2 ? 32 : count, spans = (count + span - 1) / span;
     for (;;) {
+        for (unsigned n = 0; n < spans; n++) {
+            unsigned first = span * (order / 6 % 2 ? spans - 1 - n : n), last = min(first + span, count);
+            do advance(first, last, order); while (meet(first, last));
+        }
         unsigned left = 0, waiting = 0;
-        for (unsigned n = 0; n < count; n++) {
-            unsigned i = order % 3 == 0 ? n : order % 3 == 1 ? count - 1 - n : (n * 37 + order) % count;
-            if (order % 3 == 2 && count % 37 == 0) i = n;
-            Lane& lane = block.lanes[i];
-            if (lane.state != Lane::ready) continue;
-            block.now = &lane, threadIdx = dim3(i, 0, 0);
-            if (_setjmp(block.scheduler) == 0) _longjmp(lane.at, 1);
-        }
-        bool moved = false;
-        for (unsigned i = 0; i < count; i++) {
-            left += block.lanes[i].state != Lane::ended;
-            waiting += block.lanes[i].state == Lane::at_block;
-        }
+        for (unsigned i = 0; i < count; i++) left += block.lanes[i].state != Lane::ended, waiting += block.lanes[i].state == Lane::at_block;
         if (left == 0) return;
-        if (waiting == left) {
-            for (unsigned i = 0; i < count; i++)
-                if (block.lanes[i].state == Lane::at_block) block.lanes[i].state = Lane::ready;
-            moved = true;
-        }
-        for (unsigned i = 0; i < count; i++) {
-            Lane& lane = block.lanes[i];
-            if (lane.state != Lane::at_warp) continue;
-            bool all = true;
-            unsigned turns = 0;
-            for (unsigned j = 0; j < 32; j++) {
-                unsigned k = i / 32 * 32 + j;
-                if (!(lane.mask >> j & 1)) continue;
-                if (k >= count) continue;                               // a warp that is not full
-                const Lane& other = block.lanes[k];
-                turns |= (other.turn & 1u) << j;
-                all = all && other.state == Lane::at_warp && other.mask == lane.mask && other.where == lane.where;
-            }
-            if (!all) continue;
-            unsigned mask = lane.mask;
-            for (unsigned j = 0; j < 32; j++)
-                if (mask >> j & 1 && i / 32 * 32 + j < count) block.lanes[i / 32 * 32 + j].state = Lane::ready, block.lanes[i / 32 * 32 + j].turns = turns;
-            moved = true;
-        }
-        if (!moved) stuck(count);
+        if (waiting != left) stuck(count);
+        for (unsigned i = 0; i < count; i++)
+            if (block.lanes[i].state == Lane::at_block) block.lanes[i].state = Lane::ready;
     }
 }
 
@@ -175,12 +180,12 @@ template <class T> T given(unsigned j) {
 inline std::atomic<unsigned> launches{0};
 
 template <class... P> void launch(void (*kernel)(P...), dim3 grid, dim3 size, std::tuple<P...> arguments) {
-    unsigned order = launches++;
+    unsigned order = launches++ * 0x9E3779B1u >> 12;             // no period that a test's own could fall in step with
     struct Call { void (*kernel)(P...); std::tuple<P...>* arguments; } call = {kernel, &arguments};
     #pragma omp parallel num_threads(omp_get_num_procs())
     {
         make_lanes(size.x);
-        blockDim = size, gridDim = grid, block.late = order & 1, block.arguments = &call;
+        blockDim = size, gridDim = grid, block.late = order / 12 % 2, block.arguments = &call;
         block.run = [](const void* p) {
             const Call& c = *(const Call*)p;
             std::apply(c.kernel, *c.arguments);
