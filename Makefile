@@ -4,7 +4,7 @@
 # make test-asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-compile     compiles the GPU program for sm_80, 89, 90a, 100a and 120a as far as this nvcc knows them, and its tests for one
 # make bench           ratios against PyTorch, the matmul peak and copy bandwidth, in one run
-# make compare         recipes on the same data and seeds: a table and a plot; COMPARE="--data my.txt --steps 1000 --seeds 3"
+# make compare         recipes on the same data and seeds: a table and a plot; COMPARE="--data my.txt --steps 1000 --seeds 3 --ablation"
 # make clean
 #
 # GPU=0|1              force the CPU or the GPU program           ARCH=90a    GPU target (default: the GPU found)
