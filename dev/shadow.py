@@ -12,13 +12,16 @@ import argparse, json, os, statistics, subprocess, sys, tempfile
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("program")
 parser.add_argument("model")
-parser.add_argument("variants", nargs="*", default=["fp8", "mxfp8", "nvfp4", "nvfp4-sr", "nvidia", "nvidia --bf16-last 0", "four-over-six --bf16-last 0", "mxfp4"])
+parser.add_argument("variants", nargs="*", default=["fp8", "mxfp8", "nvfp4", "nvfp4-sr", "nvidia", "nvidia --bf16-last 0", "four-over-six --bf16-last 0", "mxfp4", "metis"])
 parser.add_argument("--data", required=True)
 parser.add_argument("--batches", type=int, default=4)
 parser.add_argument("--batch", default="8")
 parser.add_argument("--seq", default="256")
 parser.add_argument("--seed", default="1")
 o = parser.parse_intermixed_args()
+if not os.access(o.program, os.X_OK):
+    print(f"shadow.py: there is no program {o.program}: `make` builds it", file=sys.stderr)
+    sys.exit(2)
 
 print(f"{'recipe':44} loss gap   gradient error      cosine   x err   w err   d err")
 for variant in o.variants:
@@ -32,7 +35,9 @@ for variant in o.variants:
                    "--lr", "1e-12", "--warmup", "0", "--decay", "0", "--schedule", "constant", "--shadow-every", "1", "--stats-every", "1",
                    "--eval-every", "0", "--eval-batches", "1", "--sample-tokens", "0", "--save-every", "0", "--out", folder + "/run", *options]
         ended = subprocess.run(command, capture_output=True, text=True)
-        if ended.returncode: sys.exit(ended.stderr)
+        if ended.returncode:
+            print(ended.stderr.strip().splitlines()[-1] if ended.stderr.strip() else f"shadow.py: the program ended with status {ended.returncode}", file=sys.stderr)
+            sys.exit(2)
         with open(folder + "/run/log.jsonl") as log: lines = [json.loads(line) for line in log]
     shadow = [line for line in lines if "shadow_grad_rel_err" in line]
     quant = [line["quant"] for line in lines if "quant" in line]
