@@ -32,7 +32,7 @@ import compare
 import plot
 
 STEPS = 8
-MODEL = {**cli.MICRO, "--layers": 1, "--batch": 2, "--threads": 1}
+MODEL = {**cli.MICRO, "--recipe": None, "--layers": 1, "--batch": 2, "--threads": 1}
 OPTIONS = " ".join(words({k: v for k, v in MODEL.items() if k not in ("--model", "--data", "--sample-tokens")}))
 RECIPES = ["bf16", "metis x.split=no"]
 
