@@ -98,7 +98,7 @@ template <int MODE> __global__ void attention_rows(act_t* out, act_t* low, int64
 }
 
 // delta (n) = rowsum(dO * (O + low)), a warp a row; low may be null.
-__global__ inline void attention_delta(float* delta, const act_t* dout, const act_t* out, const act_t* low, int64_t n, int D) {
+__global__ void attention_delta(float* delta, const act_t* dout, const act_t* out, const act_t* low, int64_t n, int D) {
     int64_t r = (int64_t)blockIdx.x * 4 + threadIdx.x / 32;
     if (r >= n) return;
     Group<32> g;
@@ -108,7 +108,7 @@ __global__ inline void attention_delta(float* delta, const act_t* dout, const ac
 }
 
 // Block: 8 key rows of one (sequence, kv head), a warp each; lane j is query j of the current tile, over all heads of the group.
-__global__ inline void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, const act_t* dout, const float* delta, Heads s, float scale) {
+__global__ void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, const act_t* dout, const float* delta, Heads s, float scale) {
     __shared__ AttentionTile Q, DO;
     __shared__ float k_row[attention_warps][attention_max_d], v_row[attention_warps][attention_max_d];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = (s.T + attention_warps - 1) / attention_warps;
