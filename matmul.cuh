@@ -10,7 +10,8 @@
 // CPU. The result is cut into tiles of 256 x 512, each computed by one thread by a single-threaded library call: no thread
 // count can change the order of an addition, hence not a bit. oneDNN multiplies bf16 operands into float on the CPU's own bf16
 // units where these are faster (AMX; AVX512-BF16 on AMD); elsewhere bf16-valued operands are stored and multiplied as float.
-// GPU. cuBLASLt; a plan is the heuristic's first answer, cached by shape, so that two runs use the same kernels.
+// GPU. cuBLASLt; a plan is the heuristic's first answer, cached by shape, so that two runs use the same kernels. Operands as fp4.cuh packs
+// them are multiplied by the GPU's own FP8 and FP4 units where cuBLASLt has a kernel for them (has(), serves()).
 #pragma once
 #include "device.cuh"   // Ctx, Launch
 #include <array>        // std::array
@@ -22,27 +23,36 @@
 #include <oneapi/dnnl/dnnl.hpp>
 #endif
 
-enum class Type : int { f32, bf16, f64 };
+// The narrow ones are as a tensor core reads them: fp8 (E4M3) and fp8_e5m2 under one float scale, or none; mxfp8 (E4M3) under an E8M0
+// byte for every 32 elements; nvfp4 (E2M1, the even element in the lower half of a byte) under an E4M3 byte for every 16.
+enum class Type : int { f32, bf16, f64, fp8, fp8_e5m2, mxfp8, nvfp4 };
 template <class T> constexpr Type type_of();
 template <> constexpr Type type_of<float>() { return Type::f32; }
 template <> constexpr Type type_of<bf16>() { return Type::bf16; }
 template <> constexpr Type type_of<double>() { return Type::f64; }
-HD size_t size_of(Type t) { return t == Type::bf16 ? 2 : t == Type::f32 ? 4 : 8; }
+HD int bits_in(Type t) { return t == Type::f64 ? 64 : t == Type::f32 ? 32 : t == Type::bf16 ? 16 : t == Type::nvfp4 ? 4 : 8; }
+HD size_t size_of(Type t) { return bits_in(t) / 8; }              // of all but nvfp4
+HD bool is_narrow(Type t) { return t >= Type::fp8; }
+HD bool is_tensorwise(Type t) { return t == Type::fp8 || t == Type::fp8_e5m2; }
 
 // A row-major matrix in memory. transposed(): the same memory, read as its transpose. scale: one float on the device that
-// multiplies the whole matrix (an FP4 operand's tensor scale), or null.
+// multiplies the whole matrix (an FP4 operand's tensor scale), or null. blocks: scale bytes of mxfp8 and nvfp4, in tiles of 128 x 4.
 struct Mat {
     const void* data;
     Type type;
     int64_t ld;
     bool trans = false;
     const float* scale = nullptr;
-    Mat transposed() const { return {data, type, ld, !trans, scale}; }
+    const uint8_t* blocks = nullptr;
+    Mat transposed() const { return {data, type, ld, !trans, scale, blocks}; }
 };
 template <class T> Mat mat(const T* data, int64_t ld) { return {data, type_of<T>(), ld, false}; }
 
-// m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0, scaled
+// m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0, scaled: alpha is the operands' scales (FP8's go another way)
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool, bool> MatmulKey;
+inline MatmulKey matmul_key(const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int64_t ldc, Type c, bool add) {
+    return MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, c, add, (a.scale || b.scale) && !is_tensorwise(a.type));
+}
 
 #ifdef __CUDACC__
 // ------------------------------------------------------------------------------------------------------------------- the GPU
@@ -53,14 +63,18 @@ struct MatmulPlans {
         cublasLtMatmulDesc_t desc;
         cublasLtMatrixLayout_t a, b, c;
         cublasLtMatmulAlgo_t algo;
+        bool found = false;                                   // cuBLASLt has a kernel
     };
     cublasLtHandle_t handle;
     std::map<MatmulKey, Plan> cache;
+    bool native;                                              // FP8 and FP4 operands may be multiplied as such; METIS_NATIVE=0: never
     void* workspace;
     float* factors;                                           // on the device: 0, 1, and the scaled product's alpha
     static constexpr size_t workspace_bytes = 32 << 20;       // what cuBLAS recommends for sm_90 and later
 
     explicit MatmulPlans(Ctx& ctx) {
+        const char* choice = getenv("METIS_NATIVE");
+        native = !choice || *choice != '0';
         CUBLAS(cublasLtCreate(&handle));
         workspace = device_alloc(workspace_bytes, "the matmul workspace");
         factors = (float*)device_alloc(3 * sizeof(float), "the matmul factors");
@@ -70,10 +84,37 @@ struct MatmulPlans {
     static bool bf16_units() { return true; }
     static const char* library() { return "cuBLASLt"; }
 
-    static cudaDataType_t cuda_type(Type t) { return t == Type::bf16 ? CUDA_R_16BF : t == Type::f32 ? CUDA_R_32F : CUDA_R_64F; }
+    static cudaDataType_t cuda_type(Type t) {
+        static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16BF, CUDA_R_64F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2, CUDA_R_8F_E4M3, CUDA_R_4F_E2M1};
+        return types[(int)t];
+    }
+    static void set_scale(const Plan& p, bool of_b, const void* scale) {
+        cublasLtMatmulDescAttributes_t which = of_b ? CUBLASLT_MATMUL_DESC_B_SCALE_POINTER : CUBLASLT_MATMUL_DESC_A_SCALE_POINTER;
+        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, which, &scale, sizeof scale));
+    }
 
-    // cuBLAS is column-major: it is asked for C^T = B^T A^T, so its A is our B and its m is our n.
+    // Whether the GPU multiplies these narrow operands itself. Its rules beside what the heuristic is asked (cuBLAS documentation,
+    // cublasLtMatmul, FP8 and FP4): rows of all matrices are multiples of 16 bytes; all else takes the emulation, a bf16 GEMM.
+    bool has(const MatmulKey& key) {
+        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
+        (void)lda, (void)ldb, (void)ldc, (void)ta, (void)tb, (void)type_c, (void)add, (void)scaled;
+        bool pair = is_tensorwise(type_a) ? is_tensorwise(type_b) : is_narrow(type_a) && type_a == type_b;
+        bool whole = m % 16 == 0 && n % 16 == 0 && k % (is_tensorwise(type_a) ? 16 : 32) == 0;
+        return native && pair && whole && find(key).found;
+    }
+    // The same for a large GEMM of operands (outer x inner) of these types: what the start-up report says.
+    bool serves(Type a, Type b) {
+        const float* scale = a == Type::mxfp8 ? nullptr : factors;
+        return has(matmul_key({nullptr, a, 1024, false, scale}, {nullptr, b, 1024, true, scale}, 1024, 1024, 1024, 1024, Type::f32, false));
+    }
+
     const Plan& plan(const MatmulKey& key) {
+        const Plan& p = find(key);
+        if (!p.found) fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", (long)std::get<0>(key), (long)std::get<1>(key), (long)std::get<2>(key));
+        return p;
+    }
+    // cuBLAS is column-major: it is asked for C^T = B^T A^T, so its A is our B and its m is our n.
+    const Plan& find(const MatmulKey& key) {
         auto found = cache.find(key);
         if (found != cache.end()) return found->second;
         auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
@@ -85,6 +126,14 @@ struct MatmulPlans {
         CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
         cublasLtPointerMode_t where = scaled ? CUBLASLT_POINTER_MODE_DEVICE : CUBLASLT_POINTER_MODE_HOST;
         CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_POINTER_MODE, &where, sizeof where));
+        // Block scales: cuBLAS documentation, "Narrow precision data types usage". Their pointers must be there when the heuristic is asked.
+        // FP8's tensor scales stay SCALAR_32F, the default. FAST_ACCUM stays 0, the default: partial sums are promoted to float in all GEMMs.
+        int32_t mode = type_b == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 : CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
+        if (type_b == Type::nvfp4 || type_b == Type::mxfp8) CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode));
+        mode = type_a == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 : CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
+        if (type_a == Type::nvfp4 || type_a == Type::mxfp8) CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode));
+        if (is_narrow(type_b)) set_scale(p, false, workspace);
+        if (is_narrow(type_a)) set_scale(p, true, workspace);
         CUBLAS(cublasLtMatrixLayoutCreate(&p.a, cuda_type(type_b), tb ? k : n, tb ? n : k, ldb));
         CUBLAS(cublasLtMatrixLayoutCreate(&p.b, cuda_type(type_a), ta ? m : k, ta ? k : m, lda));
         CUBLAS(cublasLtMatrixLayoutCreate(&p.c, cuda_type(type_c), n, m, ldc));
@@ -93,10 +142,8 @@ struct MatmulPlans {
         size_t limit = workspace_bytes;
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &limit, sizeof limit));
         // Callers' matrices start on 16 bytes wherever their rows do (ld a multiple of 16 bytes); otherwise on an element.
-        uint32_t align_a = (uint32_t)size_of(type_b), align_b = (uint32_t)size_of(type_a), align_c = (uint32_t)size_of(type_c);
-        if (ldb * align_a % 16 == 0) align_a = 16;
-        if (lda * align_b % 16 == 0) align_b = 16;
-        if (ldc * align_c % 16 == 0) align_c = 16;
+        auto alignment = [](Type t, int64_t ld) { return ld * bits_in(t) % 128 == 0 ? 16u : std::max(1u, (uint32_t)size_of(t)); };
+        uint32_t align_a = alignment(type_b, ldb), align_b = alignment(type_a, lda), align_c = alignment(type_c, ldc);
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_a, sizeof align_a));
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b));
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c));
@@ -107,9 +154,9 @@ struct MatmulPlans {
         cublasLtMatmulHeuristicResult_t result;
         int found_count = 0;
         cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.a, p.b, p.c, p.c, preference, 1, &result, &found_count);
-        if (found_count == 0) fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", (long)m, (long)n, (long)k);
         cublasLtMatmulPreferenceDestroy(preference);
-        p.algo = result.algo;
+        p.found = found_count > 0;
+        if (p.found) p.algo = result.algo;
         return cache.emplace(key, p).first->second;
     }
 };
@@ -127,6 +174,10 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
         });
         alpha = product, beta = ctx.plans->factors + (std::get<11>(key) ? 1 : 0);
     }
+    // Narrow operands bring their scales with them; cuBLASLt reads the pointers as it is called.
+    const Mat* side[] = {&b, &a};
+    for (int i = 0; i < 2; i++)
+        if (is_narrow(side[i]->type)) MatmulPlans::set_scale(p, i, is_tensorwise(side[i]->type) ? (const void*)(side[i]->scale ? side[i]->scale : ctx.plans->factors + 1) : side[i]->blocks);
     CUBLAS(cublasLtMatmul(ctx.plans->handle, p.desc, alpha, b.data, p.a, a.data, p.b, beta, c, p.c, c, p.c, &p.algo,
                           ctx.plans->workspace, MatmulPlans::workspace_bytes, ctx.stream));
 }
@@ -173,6 +224,9 @@ struct MatmulPlans {
 #endif
     };
     std::map<MatmulKey, Plan> cache;
+    static constexpr bool native = false;                     // no CPU of ours multiplies narrow operands
+    static bool has(const MatmulKey&) { return false; }
+    static bool serves(Type, Type) { return false; }
 #ifdef METIS_ONEDNN
     dnnl::engine engine{dnnl::engine::kind::cpu, 0};
     dnnl::stream stream{engine};
@@ -306,7 +360,7 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
 
 // C (m x n) = alpha A (m x k) B (k x n) + beta C, alpha the product of the operands' scales, beta 0 or 1. `name` is the profiler's. C never overlaps A or B.
 template <class T> void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta) {
-    double bytes = double(m) * k * size_of(a.type) + double(k) * n * size_of(b.type) + double(m) * n * sizeof(T) * (1 + beta);
+    double bytes = double(m) * k * bits_in(a.type) / 8 + double(k) * n * bits_in(b.type) / 8 + double(m) * n * sizeof(T) * (1 + beta);
     Launch launch(ctx, name, {bytes, 2.0 * m * n * k});
-    matmul_run(ctx, c, a, b, MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, type_of<T>(), beta != 0, a.scale || b.scale));
+    matmul_run(ctx, c, a, b, matmul_key(a, b, m, n, k, ldc, type_of<T>(), beta != 0));
 }

@@ -311,6 +311,25 @@ inline size_t operand_bytes(Operand cell, Type source, int64_t elements) {
 // How many more inner columns the GEMM of operand `which` has for thin products: k for each of its two operands that is split.
 inline int64_t thin_columns(const Recipe& r, Which which, int k) { return k * (r.cell[which].split + r.cell[which ^ 1].split); }
 
+// The type of an operand of this cell that a tensor core reads itself; f32: there is none, or its blocks lie along the wrong axis, or it
+// is split: then the GEMM is one of residuals beside thin factors (product()), which one block-scaled GEMM cannot hold.
+inline Type narrow_type(const Operand& c) {
+    if (c.split || c.along == Along::other) return Type::f32;
+    return c.format == Format::fp8 ? Type::fp8 : c.format == Format::fp8_e5m2 ? Type::fp8_e5m2 : c.format == Format::mxfp8 ? Type::mxfp8
+         : c.format == Format::nvfp4 ? Type::nvfp4 : Type::f32;
+}
+// The mark of an operand (outer x inner) of this cell, without memory. All narrow GEMMs read (outer x inner): "TN", the only layout of FP4,
+// and of FP8 on sm_89, sm_90 and sm_120.
+inline Mat narrow_mat(const Operand& c, int64_t inner) {
+    static const float mark = 1;
+    return {nullptr, narrow_type(c), inner, false, has_tensor_scale(c.format) ? &mark : nullptr};
+}
+// Whether the GPU multiplies this GEMM's operands as they are: (m x k) (n x k)^T. Else they are emulated in bf16.
+inline bool runs_natively(Ctx& ctx, const Recipe& r, Which first, int64_t m, int64_t n, int64_t k, Type c, bool add) {
+    const Operand &p = r.cell[first], &q = r.cell[first + 1];
+    return ctx.plans->has(matmul_key(narrow_mat(p, k), narrow_mat(q, k).transposed(), m, n, k, n, c, add));
+}
+
 struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;
 struct split_merged; struct split_gradients;
 
@@ -332,9 +351,16 @@ inline void convert(Ctx& ctx, const Mat& to, const Mat& from, int64_t rows, int6
     else convert(ctx, (acc_t*)to.data, to.ld, (const acc_t*)from.data, rows, cols, round_bf16);
 }
 
+// As a tensor core reads it, if `to` is narrow. What lies between the last block and a tile's edge must be no NaN: padding is zero.
+template <class From> void pack_operand(Ctx& ctx, const QuantCall& call, const Mat& to, const From* from) {
+    bool down = call.axis == Axis::column;
+    if (to.blocks) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, down ? call.cols : call.rows, down ? call.rows : call.cols, ScaleOrder::tiled));
+    quantise(ctx, call, (acc_t*)nullptr, from, {(uint8_t*)to.data, (uint8_t*)to.blocks, ScaleOrder::tiled});
+}
 template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
     if (has_tensor_scale(call.cell.format) && !scaled) tensor_scale(ctx, call, (const From*)from.data);
-    quantise(ctx, call, (To*)to.data, (const From*)from.data);
+    if (is_narrow(to.type)) pack_operand(ctx, call, to, (const From*)from.data);
+    else quantise(ctx, call, (To*)to.data, (const From*)from.data);
 }
 // `scaled`: call.scale already holds the tensor scale.
 inline void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
@@ -499,8 +525,9 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
 }
 
 // Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in s.a or s.b unless it can be used
-// as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted).
-inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols) {
+// as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted). native: as a tensor core
+// reads it, codes and behind them scale bytes; for the dimensions that has() admits both fit where the bf16 operand would.
+inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols, bool native = false) {
     Operand cell = lin.recipe->cell[which];
     bool second = which & 1;
     int64_t thin = thin_columns(*lin.recipe, which, lin.splits.k);
@@ -522,11 +549,16 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
             QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
             if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
             call.ld = p.r.ld;
+            if (native) {
+                int64_t outer = axis == Axis::row ? rows : cols, inner = axis == Axis::row ? cols : rows;
+                p.r.type = narrow_type(cell), p.r.ld = inner;
+                if (has_blocks(cell.format)) p.r.blocks = (const uint8_t*)p.r.data + packed_bytes(cell, outer, inner);
+            }
             quantise_operand(ctx, call, scaled, p.r, source);
             if (has_tensor_scale(cell.format)) p.r.scale = call.scale + 1;
         }
     }
-    if (axis == Axis::column) {
+    if (axis == Axis::column && !native) {
         p.r = p.r.transposed();
         Mat a = p.o;
         p.o = p.c.transposed(), p.c = a.transposed();
@@ -584,22 +616,25 @@ template <class T> void product(Ctx& ctx, const OperandScratch& s, const std::st
 
 // Y (rows x out) = X (rows x in) W^T.
 template <class T> void linear_forward(Ctx& ctx, const Linear& lin, const OperandScratch& s, T* y, Mat x, int64_t rows) {
-    Prepared p = prepare(ctx, lin, fprop_x, s, Axis::row, x, rows, lin.in);
-    Prepared q = prepare(ctx, lin, fprop_w, s, Axis::row, mat(lin.w, lin.in), lin.out, lin.in);
+    bool native = runs_natively(ctx, *lin.recipe, fprop_x, rows, lin.out, lin.in, type_of<T>(), false);
+    Prepared p = prepare(ctx, lin, fprop_x, s, Axis::row, x, rows, lin.in, native);
+    Prepared q = prepare(ctx, lin, fprop_w, s, Axis::row, mat(lin.w, lin.in), lin.out, lin.in, native);
     product(ctx, s, lin.fprop, y, lin.out, p, q, rows, lin.out, lin.in, 0, lin.splits.k);
 }
 
 // dX (rows x in) = D (rows x out) W; dW (out x in) += D^T X.
 template <class T> void linear_backward(Ctx& ctx, const Linear& lin, const OperandScratch& s, T* dx, Mat d, Mat x, int64_t rows) {
-    Prepared p = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out);
-    Prepared q = prepare(ctx, lin, dgrad_w, s, Axis::column, mat(lin.w, lin.in), lin.out, lin.in);
+    bool native = runs_natively(ctx, *lin.recipe, dgrad_d, rows, lin.in, lin.out, type_of<T>(), false);
+    bool native_w = runs_natively(ctx, *lin.recipe, wgrad_d, lin.out, lin.in, rows, type_of<acc_t>(), true);
+    Prepared p = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out, native);
+    Prepared q = prepare(ctx, lin, dgrad_w, s, Axis::column, mat(lin.w, lin.in), lin.out, lin.in, native);
     product(ctx, s, lin.dgrad, dx, lin.in, p, q, rows, lin.in, lin.out, 0, lin.splits.k);
 
-    // Without blocks, a Hadamard, a split or random draws an operand has no axis: D serves twice.
+    // Without blocks, a Hadamard, a split or random draws an operand has no axis: D serves twice. A tensor core reads (outer x inner) alone.
     const Operand &once = lin.recipe->cell[dgrad_d], &again = lin.recipe->cell[wgrad_d];
-    bool same = once == again && !has_blocks(once.format) && !once.hadamard && !once.split && once.rounding == Rounding::nearest;
+    bool same = once == again && !has_blocks(once.format) && !once.hadamard && !once.split && once.rounding == Rounding::nearest && !native && !native_w;
     if (same) p.r = p.r.transposed();
-    else p = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out);
-    q = prepare(ctx, lin, wgrad_x, s, Axis::column, x, rows, lin.in);
+    else p = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out, native_w);
+    q = prepare(ctx, lin, wgrad_x, s, Axis::column, x, rows, lin.in, native_w);
     product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 1, lin.splits.k);
 }

@@ -857,7 +857,8 @@ static void report_precision(const Run& run) {
         const Operand &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
         bool quantised = is_quantised(a.format) || is_quantised(b.format);
         printf("         | %s: %s %s, %s %s; %s\n", gemms[g], g ? "D" : "X", cell_text(a).c_str(), g == 2 ? "X" : "W", cell_text(b).c_str(),
-               !quantised ? "as they are" : is_float_stored(a.format) ? "multiplied as float: float scales fit no bf16" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (faster here than bf16)");
+               !quantised ? "as they are" : is_float_stored(a.format) ? "multiplied as float: float scales fit no bf16"
+               : run.ctx.plans->serves(narrow_type(a), narrow_type(b)) ? "natively, on the GPU's own units" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (faster here than bf16)");
     }
     int64_t high = 0;
     double four = 0, tokens = (double)run.tokens_per_step();

@@ -143,8 +143,8 @@ template <class T> struct Layer {
 // got (I x J) = start + sum over k of p[i k] q[k j], times both tensor scales; by the strides of i, j and k. Of exact operands: products
 // of f32 alone are rounded (u); each goes through at most K additions, the scales' product, the scaling, the addition to start.
 static void compare_product(Run& r, const std::vector<double>& got, const double* start, double store_u, int64_t I, int64_t J, int64_t K,
-                            const slow::Matrix& p, int64_t pi, int64_t pk, const slow::Matrix& q, int64_t qj, int64_t qk, const char* what) {
-    double step = (K + 5) * product_u(operand_type(p.cell.format)), alpha = (double)p.S_dec * q.S_dec;
+                            const slow::Matrix& p, int64_t pi, int64_t pk, const slow::Matrix& q, int64_t qj, int64_t qk, const char* what, bool native = false) {
+    double step = (K + 5) * product_u(operand_type(p.cell.format)) + (native && is_tensorwise(narrow_type(p.cell)) ? native_u : 0), alpha = (double)p.S_dec * q.S_dec;
     for (int64_t i = 0; i < I; i++)
         for (int64_t j = 0; j < J; j++) {
             double s = 0, size = 0;
@@ -158,7 +158,7 @@ static void compare_product(Run& r, const std::vector<double>& got, const double
         }
 }
 
-template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t rows_, int64_t in_, int64_t out_, bool nearest) {
+template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t rows_, int64_t in_, int64_t out_, bool nearest, bool native = false) {
     for (const Operand& c : recipe.cell)
         if (on_gpu && sizeof(act_t) == 2 && c == f32) return;                 // the program refuses it
     Rng rng{(uint64_t)(rows_ + in_)};
@@ -166,7 +166,9 @@ template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t 
     l.scratch.nearest = nearest;
     std::vector<slow::Matrix> want;
     for (int i = 0; i < operand_count && r.compare; i++) want.push_back(l.wanted(i));
-    auto look = [&](int first, int second, int third) {                       // the last of these that was made lies in the scratch
+    auto look = [&](int first, int second, int third) {
+        if (native) return;                                                   // packed: what they are shows in the products
+                                                                              // the last of these that was made lies in the scratch
         for (int which : {first, second, third})
             if (which >= 0 && !l.as_is(which)) return l.same_operand(which & 1 ? l.b : l.a, r.compare ? want[which] : slow::Matrix(), which);
     };
@@ -178,9 +180,9 @@ template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t 
     r.verdict.note(y == l.y && dx == l.dx && dw == l.dw, "kept tensor scales change bits");
     if (!r.compare) return;
     int64_t rows = l.rows, in = l.in, out = l.out;
-    compare_product(r, y, nullptr, sizeof(T) == 2 ? act_u : u, rows, out, in, want[fprop_x], in, 1, want[fprop_w], in, 1, "Y");
-    compare_product(r, dx, nullptr, act_u, rows, in, out, want[dgrad_d], out, 1, want[dgrad_w], 1, in, "dX");
-    compare_product(r, dw, l.before.data(), u, out, in, rows, want[wgrad_d], 1, out, want[wgrad_x], 1, in, "dW");
+    compare_product(r, y, nullptr, sizeof(T) == 2 ? act_u : u, rows, out, in, want[fprop_x], in, 1, want[fprop_w], in, 1, "Y", native);
+    compare_product(r, dx, nullptr, act_u, rows, in, out, want[dgrad_d], out, 1, want[dgrad_w], 1, in, "dX", native);
+    compare_product(r, dw, l.before.data(), u, out, in, rows, want[wgrad_d], 1, out, want[wgrad_x], 1, in, "dW", native);
 }
 template <class T> static void test_layers(Run& r, const Recipe& recipe) {
     const struct { int64_t rows, in, out; } shapes[] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {300, 20, 33}, {64, 130, 16}};
@@ -193,10 +195,49 @@ static void test_recipes(Run& r, const std::vector<Recipe>& all) {
     for (const Recipe& recipe : all) {
         if (is_split(recipe)) continue;
         check_recipe(recipe);
-        test_layers<act_t>(r, recipe);
-        if (sizeof(act_t) != sizeof(acc_t)) test_layers<acc_t>(r, recipe);
+        with_plans(r, "90", false, [&, &recipe = recipe] {                        // emulated in bf16, so that the operands can be looked at
+            test_layers<act_t>(r, recipe);
+            if (sizeof(act_t) != sizeof(acc_t)) test_layers<acc_t>(r, recipe);
+        });
     }
 }
+
+#ifdef __CUDACC__
+// The same layers multiplied as FP8 and FP4, GEMM by GEMM as far as dimensions allow, and emulated: both must be the products of the slow
+// quantiser's operands. A tensor's two operands are packed along different axes; weights in square blocks, Hadamards, draws as ever.
+static void test_native(Run& r) {
+    const std::vector<Recipe> all = {*find_recipe("fp8"), *find_recipe("mxfp8"), *find_recipe("nvfp4"), *find_recipe("nvfp4-sr"), *find_recipe("nvidia"),
+                                     *find_recipe("four-over-six"), changed("fp8", "all.format=fp8_e5m2"), changed("fp8", "all.rounding=stochastic,wgrad.hadamard=16"),
+                                     changed("mxfp8", "w.block=square,d.rounding=stochastic,wgrad.hadamard=32"), changed("nvfp4", "dgrad_d.along=other,wgrad_x.format=bf16")};
+    // Which GEMMs are native: all; all, scales of several tiles; rows = 48 cannot be contracted in FP4; 33 rows none; in = 80 not in fprop; none
+    const struct { int64_t rows, in, out; } shapes[] = {{32, 64, 96}, {160, 96, 288}, {48, 64, 96}, {33, 64, 96}, {64, 80, 96}, {64, 60, 40}};
+    int seen = 0;
+    for (const char* sm : {"90", "100"})
+        for (const Recipe& recipe : all)
+            for (auto [rows, in, out] : shapes)
+                for (bool native : {true, false})
+                    with_plans(r, sm, native, [&, &rows = rows, &in = in, &out = out] {
+                        test_layer<act_t>(r, recipe, rows, in, out, false, native);
+                        if (sizeof(act_t) != sizeof(acc_t) && rows < 200) test_layer<acc_t>(r, recipe, rows, in, out, true, native);
+                        int made = 0, want = 0;
+                        for (auto& [key, plan] : r.ctx.plans->cache) made += plan.found && is_narrow(std::get<8>(key)) && std::get<0>(key) != 1024;
+                        seen += made;
+#ifdef METIS_EMULATED
+                        int64_t l = multiple(rows, recipe.cell[wgrad_d].hadamard), of[3][3] = {{l, out, in}, {l, in, out}, {out, in, l}};     // as Layer has them
+                        for (int g = 0; g < 3; g++) {
+                            Type a = narrow_type(recipe.cell[2 * g]), b = narrow_type(recipe.cell[2 * g + 1]);
+                            bool pair = is_tensorwise(a) ? is_tensorwise(b) && (a == Type::fp8 || b == Type::fp8) : is_narrow(a) && a == b && atoi(sm) >= 100;
+                            want += native && pair && of[g][0] % 16 == 0 && of[g][1] % 16 == 0 && of[g][2] % (is_tensorwise(a) ? 16 : 32) == 0;
+                        }
+                        // FP8's fprop may have two types of output, each a plan
+                        r.verdict.note(made >= want && made <= want + 1 && (want || !made), "%d plans of native GEMMs, not %d", made, want);
+#else
+                        (void)want;
+#endif
+                    });
+    if (!seen) printf("left out: native FP8 and FP4 layers, which this GPU has not\n");
+}
+#endif
 
 // A NaN or an infinity in X, W or D: whatever multiplies it must not be finite, for the trainer's guard to see it. More may be: a tensor
 // scale poisons all. What does not depend on it stays.
@@ -377,7 +418,13 @@ int main(int argc, char** argv) {
     test_set_cells();
     test("linear layer, every recipe", [](Run& r) { test_recipes(r, recipes()); });
     test("linear layer, odd cells", [](Run& r) { test_recipes(r, odd_recipes()); });
-    test("NaN and infinity reach the outputs", test_not_finite);
-    test("tally of every operand", test_tally);
+#ifdef __CUDACC__
+    test("linear layer, native FP8 and FP4", test_native);
+    test("NaN and infinity reach the outputs of native GEMMs", [](Run& r) {
+        for (const char* sm : {"90", "100"}) with_plans(r, sm, true, [&] { test_not_finite(r); });
+    });
+#endif
+    test("NaN and infinity reach the outputs", [](Run& r) { with_plans(r, "90", false, [&] { test_not_finite(r); }); });
+    test("tally of every operand", [](Run& r) { with_plans(r, "90", false, [&] { test_tally(r); }); });
     return done();
 }

@@ -91,6 +91,113 @@ template <class T> static void test_plain_loops(Run& r) {
 }
 #endif
 
+#ifdef __CUDACC__
+// ---------------------------------------------------------------------------------------------------------------------------
+// Native FP8 and FP4. The emulated cuBLASLt decodes with tables of its own and refuses what NVIDIA's documentation refuses.
+
+// P (m x k) Q (n x k)^T of the same operands, packed and as bf16 values. Rows and blocks differ by powers of two: a scale byte in a
+// wrong place shows. The matrices lie as X, W or D do: the contracted axis along their rows, or down their columns.
+template <class C> static void test_native_product(Run& r, Operand p, Operand q, Axis axis_p, Axis axis_q, int64_t m, int64_t n, int64_t k, int beta) {
+    r.at("%s %s x %s %s, %ldx%ldx%ld, beta %d, %d-byte C", cell_text(p).c_str(), axis_p == Axis::row ? "rows" : "columns", cell_text(q).c_str(),
+         axis_q == Axis::row ? "rows" : "columns", (long)m, (long)n, (long)k, beta, (int)sizeof(C));
+    Rng rng{(uint64_t)(m * 31 + n * 7 + k)};
+    struct Side {
+        Operand cell;
+        Axis axis;
+        int64_t outer, inner, rows, cols;
+        Buffer<float> from, scale, partial;
+        Buffer<bf16> values;
+        Buffer<uint8_t> packed;
+        Mat wide, narrow;
+        Side(Run& r, Rng& rng, Operand c, Axis a, int64_t outer_, int64_t inner_)
+            : cell(c), axis(a), outer(outer_), inner(inner_), rows(a == Axis::row ? outer : inner), cols(a == Axis::row ? inner : outer),
+              from(r, outer * inner, [&](int64_t i) {
+                  int64_t o = axis == Axis::row ? i / cols : i % cols, in = axis == Axis::row ? i % cols : i / cols;
+                  return rng(3) * std::ldexp(1, (int)((o * 5 + in / 16 * 3) % 7) - 3);
+              }), scale(r, 2), partial(r, quantise_partials(c, rows, cols)), values(r, outer * inner), packed(r, outer * inner * 2) {
+            QuantCall call = {cell, axis, rows, cols, {}, {}, scale.p, partial.p};
+            wide = mat(values.p, cols), narrow = narrow_mat(cell, inner);
+            narrow.data = packed.p, narrow.scale = nullptr;
+            if (has_blocks(cell.format)) narrow.blocks = packed.p + packed_bytes(cell, outer, inner);
+            quantise_operand(r.ctx, call, false, wide, mat(from.p, cols));
+            quantise_operand(r.ctx, call, true, narrow, mat(from.p, cols));
+            if (has_tensor_scale(cell.format)) wide.scale = narrow.scale = scale.p + 1;
+            if (axis == Axis::column) wide = wide.transposed();
+            values.fetch();
+            if (has_tensor_scale(cell.format)) scale.fetch();
+        }
+        double at(int64_t o, int64_t i) const { return values[axis == Axis::row ? o * cols + i : i * cols + o]; }
+    };
+    Side a(r, rng, p, axis_p, m, k), b(r, rng, q, axis_q, n, k);
+    auto start = [&](int64_t) { return beta ? rng(1) : NAN; };
+    Buffer<C> native(r, m * n, start), emulated(r, m * n);
+    emulated.host = native.host, emulated.send();
+    std::vector<double> before = native.values();
+    MatmulKey key = matmul_key(a.narrow, b.narrow.transposed(), m, n, k, n, type_of<C>(), beta);
+    if (!r.ctx.plans->has(key)) return r.verdict.note(false, "no kernel");
+    matmul(r.ctx, "test", native.p, n, a.narrow, b.narrow.transposed(), m, n, k, beta);
+    matmul(r.ctx, "test", emulated.p, n, a.wide, b.wide.transposed(), m, n, k, beta);
+    native.fetch(), emulated.fetch();
+    if (!r.compare) return;
+    double alpha = (a.wide.scale ? a.scale[1] : 1) * (b.wide.scale ? b.scale[1] : 1);
+    r.verdict.note(has_tensor_scale(p.format) == (alpha != 1), "alpha is %g: the test has no edge", alpha);
+    for (int64_t i = 0; i < m * n; i++) {
+        double s = 0, size = 0;
+        for (int64_t x = 0; x < k; x++) s += a.at(i / n, x) * b.at(i % n, x), size += std::fabs(a.at(i / n, x) * b.at(i % n, x));
+        s *= alpha, size *= alpha;
+        if (beta) s += before[i], size += std::fabs(before[i]);
+        double tol = (k + 5) * 8 * u * size + (sizeof(C) == 2 ? act_u : u) * std::fabs(s);
+        r.verdict.close(native[i], s, tol + (is_tensorwise(a.narrow.type) ? native_u * size : 0), "native C", i);
+        r.verdict.close(emulated[i], s, tol, "emulated C", i);
+    }
+}
+
+static void test_native(Run& r) {
+    typedef std::vector<std::pair<Operand, Operand>> Pairs;
+    const Operand mx8_sq = {Format::mxfp8, Block::square, rn, Scale::ceil};
+    const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}};
+    const Shape shapes[] = {{16, 16, 32}, {48, 80, 96}, {144, 272, 160}, {272, 16, 256}};      // tiles of 128 x 4 scales: parts of one, several
+    int served = 0;
+    for (const char* sm : {"90", "100", "120"}) {
+        with_plans(r, sm, true, [&] {
+            MatmulPlans& plans = *r.ctx.plans;
+            r.at("sm_%s", sm);
+            for (const Pairs& pairs : {tensorwise, blocks})
+                for (auto [p, q] : pairs) {
+                    bool offered = plans.serves(narrow_type(p), narrow_type(q));
+                    served += offered;
+#ifdef METIS_EMULATED
+                    r.verdict.note(offered == (!has_blocks(p.format) || atoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
+#endif
+                    if (!offered) continue;
+                    for (auto [m, n, k] : shapes)
+                        for (int i = 0; i < 4; i++) {
+                            Axis a = i & 1 ? Axis::column : Axis::row, b = i & 2 ? Axis::column : Axis::row;
+                            test_native_product<float>(r, p, q, a, b, m, n, k, i == 2);
+                            test_native_product<act_t>(r, p, q, a, b, m, n, k, i == 1);
+                        }
+                }
+            r.at("sm_%s, what is not offered", sm);
+            auto refused = [&](Mat a, Mat b, int64_t m, int64_t n, int64_t k) { r.verdict.note(!plans.has(matmul_key(a, b, m, n, k, n, Type::f32, false)), "a %ldx%ldx%ld product is offered", (long)m, (long)n, (long)k); };
+            auto sides = [&](Type t, int64_t k) { return Mat{nullptr, t, k}; };
+            r.verdict.note(!plans.serves(Type::fp8_e5m2, Type::fp8_e5m2) && !plans.serves(Type::f32, Type::f32) && !plans.serves(Type::nvfp4, Type::fp8) &&
+                           !plans.serves(Type::mxfp8, Type::fp8) && !plans.serves(Type::nvfp4, Type::bf16) && !plans.serves(Type::mxfp8, Type::nvfp4), "pairs that cuBLASLt has not");
+            for (Type t : {Type::fp8, Type::mxfp8, Type::nvfp4}) {
+                refused(sides(t, 64), sides(t, 64).transposed(), 40, 64, 64), refused(sides(t, 64), sides(t, 64).transposed(), 64, 40, 64);
+                refused(sides(t, 72), sides(t, 72).transposed(), 64, 64, 72);
+                if (t != Type::fp8) refused(sides(t, 48), sides(t, 48).transposed(), 64, 64, 48);
+                if (t == Type::nvfp4 || !strcmp(sm, "90")) refused(sides(t, 64), sides(t, 64), 64, 64, 64), refused(sides(t, 64).transposed(), sides(t, 64).transposed(), 64, 64, 64);
+            }
+        });
+        with_plans(r, sm, false, [&] { r.verdict.note(!r.ctx.plans->serves(Type::fp8, Type::fp8) && !r.ctx.plans->serves(Type::nvfp4, Type::nvfp4), "METIS_NATIVE=0 is not obeyed"); });
+#ifndef METIS_EMULATED
+        break;                                                                // one GPU is one GPU
+#endif
+    }
+    if (!served) printf("left out: native FP8 and FP4 GEMMs, which this GPU has not\n");
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------------
 // attention
 
@@ -339,6 +446,9 @@ int main(int argc, char** argv) {
     });
 #ifndef __CUDACC__
     test("matmul: plain loops", [](Run& r) { test_plain_loops<float>(r), test_plain_loops<double>(r); });
+#endif
+#ifdef __CUDACC__
+    test("matmul: native FP8 and FP4", test_native);
 #endif
     test("attention", test_attention);
     test("attention: NaN", test_attention_nan);

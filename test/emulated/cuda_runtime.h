@@ -236,7 +236,12 @@ inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { ret
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) { return memcpy(to, from, n), cudaSuccess; }
 inline cudaError_t cudaMemGetInfo(size_t* left, size_t* all) { return *left = *all = (size_t)8 << 30, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { return *p = {"an emulated GPU", 9, 0, 2}, cudaSuccess; }
+// EMULATED_SM=100: its compute capability, which says what the emulated cuBLASLt offers.
+inline int emulated_sm() {
+    const char* sm = getenv("EMULATED_SM");
+    return sm ? atoi(sm) : 90;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { return *p = {"an emulated GPU", emulated_sm() / 10, emulated_sm() % 10, 2}, cudaSuccess; }
 template <class K> cudaError_t cudaFuncSetAttribute(K, cudaFuncAttribute, int) { return cudaSuccess; }
 template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... arguments) {
     if (c->dynamicSmemBytes > emulated_shared_bytes || c->blockDim.x > 1024) return fprintf(stderr, "emulated GPU: a block that no GPU takes\n"), 1;
