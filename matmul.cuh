@@ -102,7 +102,7 @@ struct MatmulPlans {
         bool whole = m % 16 == 0 && n % 16 == 0 && k % (is_tensorwise(type_a) ? 16 : 32) == 0;
         return native && pair && whole && find(key).found;
     }
-    // The same for a large GEMM of operands (outer x inner) of these types: what the start-up report says.
+    // The same for a large GEMM of operands (outer x inner) of these types: asked first, once a pair, so that a GPU without them is asked no more.
     bool serves(Type a, Type b) {
         const float* scale = a == Type::mxfp8 ? nullptr : factors;
         return has(matmul_key({nullptr, a, 1024, false, scale}, {nullptr, b, 1024, true, scale}, 1024, 1024, 1024, 1024, Type::f32, false));

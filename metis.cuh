@@ -325,9 +325,9 @@ inline Mat narrow_mat(const Operand& c, int64_t inner) {
     return {nullptr, narrow_type(c), inner, false, has_tensor_scale(c.format) ? &mark : nullptr};
 }
 // Whether the GPU multiplies this GEMM's operands as they are: (m x k) (n x k)^T. Else they are emulated in bf16.
-inline bool runs_natively(Ctx& ctx, const Recipe& r, Which first, int64_t m, int64_t n, int64_t k, Type c, bool add) {
+inline bool runs_natively(const Ctx& ctx, const Recipe& r, Which first, int64_t m, int64_t n, int64_t k, Type c, bool add) {
     const Operand &p = r.cell[first], &q = r.cell[first + 1];
-    return ctx.plans->has(matmul_key(narrow_mat(p, k), narrow_mat(q, k).transposed(), m, n, k, n, c, add));
+    return ctx.plans->serves(narrow_type(p), narrow_type(q)) && ctx.plans->has(matmul_key(narrow_mat(p, k), narrow_mat(q, k).transposed(), m, n, k, n, c, add));
 }
 
 struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;

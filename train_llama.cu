@@ -856,9 +856,15 @@ static void report_precision(const Run& run) {
     for (int g = 0; g < 3; g++) {
         const Operand &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
         bool quantised = is_quantised(a.format) || is_quantised(b.format);
+        int native = 0;                                                          // of a block's four linear layers
+        for (const Linear* lin : m.linears[0].all) {
+            int64_t rows = (int64_t)run.o.batch * run.o.seq, of[3][3] = {{rows, lin->out, lin->in}, {rows, lin->in, lin->out}, {lin->out, lin->in, rows}};
+            native += runs_natively(run.ctx, r, Which(2 * g), of[g][0], of[g][1], of[g][2], g == 2 ? type_of<acc_t>() : type_of<act_t>(), g == 2);
+        }
+        std::string natively = native == 4 ? "natively" : "natively in " + std::to_string(native) + " of a block's 4 linear layers, else emulated exactly as a bf16 GEMM";
         printf("         | %s: %s %s, %s %s; %s\n", gemms[g], g ? "D" : "X", cell_text(a).c_str(), g == 2 ? "X" : "W", cell_text(b).c_str(),
                !quantised ? "as they are" : is_float_stored(a.format) ? "multiplied as float: float scales fit no bf16"
-               : run.ctx.plans->serves(narrow_type(a), narrow_type(b)) ? "natively, on the GPU's own units" : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (faster here than bf16)");
+               : native ? natively.c_str() : MatmulPlans::bf16_units() ? "emulated exactly as a bf16 GEMM" : "emulated exactly as a float GEMM (faster here than bf16)");
     }
     int64_t high = 0;
     double four = 0, tokens = (double)run.tokens_per_step();
