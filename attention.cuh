@@ -150,8 +150,7 @@ __global__ void attention_keys(act_t* dqkv, const float* lse, const act_t* qkv, 
 }
 
 inline void attention_forward_run(Ctx& ctx, act_t* out, act_t* low, acc_t* lse, const act_t* qkv, Heads s, acc_t scale) {
-    if constexpr (sizeof(act_t) == sizeof(bf16))
-        if (flash_serves(s)) return (s.D == 64 ? flash_forward_run<64> : flash_forward_run<128>)(ctx, out, low, lse, qkv, s, scale);
+    if (flash_serves(s)) return (s.D == 64 ? flash_forward_run<64> : flash_forward_run<128>)(ctx, out, low, lse, qkv, s, scale);
     int64_t grid = (int64_t)(s.T + attention_warps - 1) / attention_warps * s.B * s.H;
     start(ctx, attention_rows<0>, grid, 32 * attention_warps, 0, out, low, (int64_t)s.H * s.D, lse, qkv, nullptr, nullptr, s, scale);
 }
@@ -159,8 +158,7 @@ inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t* delta, const ac
                                    Heads s, acc_t scale) {
     int64_t n = (int64_t)s.B * s.T * s.H;
     start(ctx, attention_delta, (n + 3) / 4, 128, 0, delta, dout, out, low, n, s.D);
-    if constexpr (sizeof(act_t) == sizeof(bf16))
-        if (flash_serves(s)) return (s.D == 64 ? flash_backward_run<64> : flash_backward_run<128>)(ctx, dqkv, qkv, dout, lse, delta, s, scale);
+    if (flash_serves(s)) return (s.D == 64 ? flash_backward_run<64> : flash_backward_run<128>)(ctx, dqkv, qkv, dout, lse, delta, s, scale);
     int64_t blocks = (s.T + attention_warps - 1) / attention_warps;
     start(ctx, attention_rows<1>, blocks * s.B * s.H, 32 * attention_warps, 0, dqkv, nullptr, s.row(), (float*)lse, qkv, dout, delta, s, scale);
     start(ctx, attention_keys, blocks * s.B * s.KV, 32 * attention_warps, 0, dqkv, lse, qkv, dout, delta, s, scale);

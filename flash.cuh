@@ -335,12 +335,15 @@ template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_keys(bf
 // Whether these kernels serve this shape; if not, attention.cuh has plain ones.
 inline bool flash_serves(const Heads& s) { return sizeof(act_t) == sizeof(bf16) && (s.D == 64 || s.D == 128); }
 
-template <int D> void flash_forward_run(Ctx& ctx, bf16* out, bf16* low, float* lse, const bf16* qkv, Heads s, float scale) {
-    start(ctx, flash_forward<D>, (int64_t)(s.T + 127) / 128 * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), out, low, lse, qkv, s, scale);
+// (act_t is bf16 where flash_serves() agrees; the casts let a build with float activations, which never comes here, compile.)
+template <int D> void flash_forward_run(Ctx& ctx, act_t* out, act_t* low, float* lse, const act_t* qkv, Heads s, float scale) {
+    start(ctx, flash_forward<D>, (int64_t)(s.T + 127) / 128 * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), (bf16*)out, (bf16*)low, lse, (const bf16*)qkv, s, scale);
 }
-template <int D> void flash_backward_run(Ctx& ctx, bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, Heads s, float scale) {
+template <int D> void flash_backward_run(Ctx& ctx, act_t* dqkv, const act_t* qkv, const act_t* dout, const float* lse, const float* delta, Heads s, float scale) {
     int64_t blocks = (s.T + 63) / 64;
-    start(ctx, flash_queries<D>, blocks * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), dqkv, qkv, dout, lse, delta, s, scale);
-    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, 384 * D * sizeof(bf16) + 256 * sizeof(float), dqkv, qkv, dout, lse, delta, s, scale);
+    bf16* to = (bf16*)dqkv;
+    const bf16 *from = (const bf16*)qkv, *grad = (const bf16*)dout;
+    start(ctx, flash_queries<D>, blocks * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), to, from, grad, lse, delta, s, scale);
+    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, 384 * D * sizeof(bf16) + 256 * sizeof(float), to, from, grad, lse, delta, s, scale);
 }
 #endif
