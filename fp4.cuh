@@ -100,19 +100,20 @@ HD float inverse_e8m0(uint32_t f) {
 enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4, e2m1 };   // e2m1: blocks of 16 under float scales, never rounded
 enum class Block { vector, square };                  // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32)
 enum class Rounding { nearest, stochastic };
-enum class Scale { te, headroom, four_six, floor, ceil };
+enum class Scale { te, headroom, four_six, po2, floor, ceil };
 enum class Signs { fixed, random, plus };
 enum class Factors { nearest, stochastic, exact };    // a split operand's thin factors: rounded to the operand's format, or bf16
 enum class Along { contracted, other };               // blocks along the axis that the GEMM contracts, as tensor cores need them, or not
 enum class Draws { own, before };                     // random bits of its own, or those of the matrix's operand before: then the same values
 enum class Residual { quantised, exact };             // what the residual is taken against: the low-rank part as rounded, or unrounded
+enum class Carrier { own, e4m3, e5m2 };               // codes and scale bytes; or their products, as FP8 numbers under one scale a tensor
 
 // How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else.
 struct Operand {
     Format format;
     Block block = Block::vector;
     Rounding rounding = Rounding::nearest;
-    Scale scale = Scale::te;        // NVFP4: te, headroom (blocks scaled by 17/16, so that nothing saturates), four_six; MX: floor, ceil
+    Scale scale = Scale::te;        // NVFP4: te, headroom (blocks scaled by 17/16, so that nothing saturates), four_six, po2; MX: floor, ceil
     int hadamard = 0;               // 0, 16, 32, 64 or 128 along the contracted axis, on both operands of a GEMM, which cancels
     Signs signs = Signs::fixed;     // of the Hadamard: TransformerEngine's 16, drawn for every call, or none
     bool split = false;             // into a low-rank part and a residual, each quantised on its own (metis.cuh)
@@ -120,10 +121,11 @@ struct Operand {
     Residual residual = Residual::quantised;
     Along along = Along::contracted;
     Draws draws = Draws::own;
+    Carrier carrier = Carrier::own; // of a 4-bit format whose block scales are powers of two
 };
 inline bool operator==(Operand a, Operand b) {
     return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard &&
-           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual && a.along == b.along && a.draws == b.draws;
+           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual && a.along == b.along && a.draws == b.draws && a.carrier == b.carrier;
 }
 
 inline bool is_quantised(Format f) { return f > Format::bf16; }
@@ -134,6 +136,16 @@ inline bool is_4bit(Format f) { return f >= Format::nvfp4; }
 inline int block_length(Format f) { return is_mx(f) ? 32 : 16; }
 inline Minifloat element_of(Format f) { return is_4bit(f) ? e2m1 : f == Format::fp8_e5m2 ? e5m2 : e4m3; }
 
+// A GPU without FP4 units has FP8 ones, and an E2M1 code times a power of two is an FP8 number: exactly, over 15 binades of scales in E4M3
+// and 29 in E5M2. So 4-bit operands with power-of-two block scales (MXFP4; NVFP4 under po2) go through FP8 units, their largest scale where
+// FP8 ends and one float a tensor for the rest. Blocks further below lose bits, on all machines alike; the tally counts them (lost).
+inline bool is_carried(Operand c) { return c.carrier != Carrier::own; }
+inline Minifloat stored_as(Operand c) { return c.carrier == Carrier::e4m3 ? e4m3 : c.carrier == Carrier::e5m2 ? e5m2 : element_of(c.format); }
+inline bool has_scale_bytes(Operand c) { return has_blocks(c.format) && !is_carried(c); }
+inline bool has_tensor_scale(Operand c) { return c.format == Format::fp8 || c.format == Format::fp8_e5m2 || c.format == Format::nvfp4 || is_carried(c); }
+// The exponent of the largest power-of-two block scale that c's storage has room for: 6 times it is the largest value.
+inline int top_exponent(Operand c) { return c.carrier == Carrier::e4m3 ? 6 : c.carrier == Carrier::e5m2 ? 13 : 8; }
+
 // The axis of the source that the GEMM contracts: along its rows, or down its columns.
 enum class Axis { row, column };
 
@@ -141,6 +153,7 @@ enum class Axis { row, column };
 // lands on `top`; FP8 per tensor: cap 1.
 struct ScaleRule { float full, top, inverse_top; };
 inline ScaleRule scale_rule(Operand c) {
+    if (c.scale == Scale::po2) return {std::ldexp(6.f, top_exponent(c)), 6.f, 1.f / 6};
     if (c.format != Format::nvfp4) return {element_of(c.format).max, 0, 0};
     bool room = c.scale == Scale::headroom || (c.scale == Scale::four_six && c.rounding == Rounding::stochastic);
     float top = room ? 96.f / 17.f : 6.f, cap = c.scale == Scale::four_six ? 256.f : 448.f;
@@ -341,9 +354,9 @@ struct QuantCall {
     int k = 0;
 };
 // Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became zero, elements beyond the largest
-// code; and how many were looked at.
-struct Tally { float error, energy, zero, saturated, count; };
-constexpr int tally_every = 64;
+// code; how many were looked at; and whose product of code and scale the carrier does not hold.
+struct Tally { float error, energy, zero, saturated, count, lost; };
+constexpr int tally_every = 64, tally_sums = sizeof(Tally) / sizeof(float);
 
 // A tensor core's operand: codes of (outer x inner) with the contracted axis inner, padded to whole blocks; one scale byte a block.
 // Square blocks repeat their scale for each of their outer rows.
@@ -352,8 +365,10 @@ struct Packed {
     uint8_t *codes = nullptr, *scales = nullptr;
     ScaleOrder order = ScaleOrder::plain;
 };
-inline int64_t packed_inner(Operand c, int64_t inner) { return (inner + block_length(c.format) - 1) / block_length(c.format) * block_length(c.format); }
-inline size_t packed_bytes(Operand c, int64_t outer, int64_t inner) { return (size_t)(outer * packed_inner(c, inner) / (is_4bit(c.format) ? 2 : 1)); }
+inline int packed_block(Operand c) { return has_scale_bytes(c) ? block_length(c.format) : 16; }
+inline bool is_nibbles(Operand c) { return is_4bit(c.format) && !is_carried(c); }
+inline int64_t packed_inner(Operand c, int64_t inner) { return (inner + packed_block(c) - 1) / packed_block(c) * packed_block(c); }
+inline size_t packed_bytes(Operand c, int64_t outer, int64_t inner) { return (size_t)(outer * packed_inner(c, inner) / (is_nibbles(c) ? 2 : 1)); }
 HD int64_t scale_offset(int64_t r, int64_t b, int64_t blocks, ScaleOrder order) {
     if (order == ScaleOrder::plain) return r * blocks + b;
     return (r / 128 * ((blocks + 3) / 4) + b / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + b % 4;
@@ -363,12 +378,10 @@ inline size_t packed_scale_bytes(Operand c, int64_t outer, int64_t inner, ScaleO
     return (size_t)(order == ScaleOrder::plain ? outer * blocks : (outer + 127) / 128 * ((blocks + 3) / 4) * 512);
 }
 
-inline bool has_tensor_scale(Format f) { return f == Format::fp8 || f == Format::fp8_e5m2 || f == Format::nvfp4; }
-
 constexpr int64_t amax_chunk = 16384;
 inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
     int64_t tiles = std::max(tile_shape(c, Axis::row, rows, cols).count, tile_shape(c, Axis::column, rows, cols).count);
-    return std::max((rows * cols + amax_chunk - 1) / amax_chunk, tiles + 5 * (tiles / tally_every + 1));
+    return std::max((rows * cols + amax_chunk - 1) / amax_chunk, tiles + tally_sums * (tiles / tally_every + 1));
 }
 
 // |x| for a maximum that a NaN must win: infinity stands for both.
@@ -412,10 +425,16 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     }
     float* scale = q.scale;
     float full = scale_rule(q.cell).full;
+    bool mx = is_mx(q.cell.format), ceil = q.cell.scale == Scale::ceil;
+    int top = top_exponent(q.cell);
     for_rows<quantise_scale, 256>(ctx, {parts * sizeof(float) * 1., 0}, 1, KERNEL(Group<256> g, int64_t) {
         float amax = (float)g.max((int)parts, [](acc_t v) { return v; }, (const float*)partial);
         float enc = full / amax;
         enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+        if (mx) {                                                       // of a carried MX: the power of two that lifts the largest scale to the top
+            int e = (int)(ceil ? e8m0_ceil(amax, e2m1) : e8m0_floor(amax, e2m1)) - 127 - top;
+            enc = float_of((uint32_t)(127 - (e < -126 ? -126 : e)) << 23);
+        }
         if (amax == 0) enc = 1;
         if (g.lane() == 0) scale[0] = enc, scale[1] = is_finite(amax) ? 1.f / enc : float_of(0x7fc00000u);
     });
@@ -427,6 +446,15 @@ HD BlockScale nvfp4_scale(float base, float S_dec) {
     float s = round_nearest(base, e4m3), enc = 1.f / (s * S_dec);
     enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
     return {s == 0 ? 0.f : enc, s};
+}
+// po2: the smallest power of two under which nothing saturates, of the 18 binades down from `most` that E4M3 has.
+HD BlockScale po2_scale(float base, float S_dec, float most) {
+    float s = float_of((bits_of(base) + 0x7fffff) & 0x7f800000u), least = most * 0x1p-17f;
+    s = s < least ? least : s;
+    s = s < most ? s : most;
+    float enc = 1.f / (s * S_dec);
+    enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+    return {base == 0 ? 0.f : enc, base == 0 ? 0.f : s};
 }
 HD BlockScale mx_scale(float amax, Minifloat f, bool ceil) {
     uint32_t e = ceil ? e8m0_ceil(amax, f) : e8m0_floor(amax, f);
@@ -453,13 +481,16 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
     ScaleRule rule = scale_rule(cell);
     bool blocks = has_blocks(cell.format), mx = is_mx(cell.format), square = blocks && cell.block == Block::square, wide = block_length(cell.format) == 32;
     bool stochastic = cell.rounding == Rounding::stochastic, choose = cell.format == Format::nvfp4 && cell.scale == Scale::four_six;
-    bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell.format), down = q.axis == Axis::column, nibbles = is_4bit(cell.format);
+    bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell), down = q.axis == Axis::column, nibbles = is_nibbles(cell);
+    bool carried = is_carried(cell), po2 = cell.scale == Scale::po2, codes = packed.codes && !carried;
+    Minifloat holder = stored_as(cell);
+    float most = std::ldexp(1.f, top_exponent(cell));
     const float* scale = q.scale;
     float* tally = q.tally ? q.partial + t.count : nullptr;
     const acc_t *low_a = q.low_a, *low_b = q.low_b;
     int low_k = q.k;
     int64_t to_ld = q.ld ? q.ld : q.cols;
-    int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / block_length(cell.format);
+    int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / packed_block(cell);
     (void)outer;
     Cost cost = {(double)q.rows * q.cols * (sizeof(From) + (to ? sizeof(To) : 0) + (packed.codes ? 1 : 0)), 0};
     for_tiles<quantise_tiles, QuantStage>(ctx, cost, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
@@ -488,7 +519,7 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
         else if (mx) g.each(tile_units, [&](int u) {
             BlockScale b = mx_scale(s.amax[u], f, ceil);
-            s.enc[u] = b.code, s.dec[u] = b.value;
+            s.enc[u] = b.code, s.dec[u] = b.value * S_enc;                     // 1 unless carried
         });
         else if (cell.format == Format::e2m1) g.each(tile_units, [&](int u) {
             BlockScale b = float_scale(s.amax[u]);
@@ -496,7 +527,8 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         });
         else g.each(tile_units, [&](int u) {
             float base = s.amax[u] * per_amax;
-            BlockScale b = nvfp4_scale(base < 3.40282347e38f ? base : 3.40282347e38f, S_dec);
+            base = base < 3.40282347e38f ? base : 3.40282347e38f;
+            BlockScale b = po2 ? po2_scale(base, S_dec, most) : nvfp4_scale(base, S_dec);
             s.enc[u] = b.code, s.dec[u] = b.value;
         });
         g.sync();
@@ -530,26 +562,32 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         }
 
         if (tally && i % tally_every == 0)
-            for (int what = 0; what < 5; what++) {
+            for (int what = 0; what < tally_sums; what++) {
                 units(g, t, s.err4, [&](int k, int u) {
-                    float x = s.v[k], code = x * s.enc[u], y = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u] * S_dec;
+                    float x = s.v[k], code = x * s.enc[u], q = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u];
+                    float held = carried ? round_nearest(q, holder) : q, y = held * S_dec;
                     return what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
                          : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
+                         : what == 5 ? (held != q ? 1.f : 0.f)
                          : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
                 }, sum);
                 g.sync();
                 float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
-                if (g.lane() == 0) tally[5 * (i / tally_every) + what] = what == 1 ? energy : total;
+                if (g.lane() == 0) tally[tally_sums * (i / tally_every) + what] = what == 1 ? energy : total;
                 g.sync();
             }
 
         // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
         NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
-        if (packed.codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
-        else if (packed.codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
+        if (codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
+        else if (codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
         else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
         else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; }, ahead);
         g.sync();
+        if (carried) {
+            elements(g, t, [&](int k, int) { s.v[k] = round_nearest(s.v[k], holder); });
+            g.sync();
+        }
         if (packed.codes) {
             int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
             int64_t o0 = down ? c0 : r0, i0 = down ? r0 : c0, ld = nibbles ? inner / 2 : inner, step = nibbles ? 2 : 1;
@@ -557,12 +595,12 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
                 int in = (int)(j * step) % long_, out_ = (int)(j * step) / long_;
                 if (o0 + out_ >= outer || i0 + in >= inner) return;
                 int k = down ? (in << t.shift) + out_ : (out_ << t.shift) + in, next = k + (down ? t.C : 1);
-                uint8_t code = encode(s.v[k], f);
-                if (nibbles) code = (uint8_t)(code | encode(s.v[next], f) << 4);
+                uint8_t code = encode(s.v[k], holder);
+                if (nibbles) code = (uint8_t)(code | encode(s.v[next], holder) << 4);
                 packed.codes[(o0 + out_) * ld + (i0 + in) / step] = code;
             });
             int length = wide ? 32 : 16;
-            if (blocks) g.each(tile_size / length, [&](int j) {
+            if (blocks && !carried) g.each(tile_size / length, [&](int j) {
                 int in = j * length % long_, out_ = j * length / long_;
                 if (o0 + out_ >= outer || i0 + in >= inner) return;
                 int r = down ? in : out_, c = down ? out_ : in;
@@ -572,7 +610,7 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
             });
         }
         if (!to) return;
-        if (packed.codes) {
+        if (codes) {
             g.sync();
             elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
             g.sync();
@@ -583,9 +621,9 @@ template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* 
         float* totals = q.tally;
         const float* parts = q.partial + t.count;
         int64_t sampled = (t.count + tally_every - 1) / tally_every;
-        for_rows<quantise_tally, 8>(ctx, {}, 5, KERNEL(Group<8> g, int64_t what) {
+        for_rows<quantise_tally, 8>(ctx, {}, tally_sums, KERNEL(Group<8> g, int64_t what) {
             float total = 0;
-            for (int64_t k = 0; k < sampled; k++) total += parts[5 * k + what];
+            for (int64_t k = 0; k < sampled; k++) total += parts[tally_sums * k + what];
             if (g.lane() == 0) totals[what] += total;
         });
     }

@@ -543,7 +543,7 @@ struct Model {
     acc_t *cosine, *sine;                                    // (T, D/2)
     int *tokens, *targets, *bucket_token, *bucket_start, *bucket_order;
     OperandScratch operands;
-    float* tally;                                            // (operand_count, 5): the quantiser's Tally of each operand
+    float* tally;                                            // (operand_count, tally_sums): the quantiser's Tally of each operand
     float* scales;                                           // (tensors, 6): every linear layer's tensor scales
     MemoryPlan plan;
 };
@@ -653,7 +653,7 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
         u.y = scratch.take<acc_t>(q * std::max(samples, wide)), u.g = scratch.take<acc_t>(q * std::max(samples, wide));
         u.gram = scratch.take<double>(q * q), u.vectors = scratch.take<double>(q * q + q + 2), u.state = scratch.take<int>(q + 1);
     }
-    m.tally = scratch.take<float>(operand_count * 5), m.scales = scratch.take<float>(m.tensors.size() * 6);
+    m.tally = scratch.take<float>(operand_count * tally_sums), m.scales = scratch.take<float>(m.tensors.size() * 6);
     plan.scratch = scratch.used;
 
     size_t rope_bytes = scratch.used;

@@ -54,6 +54,12 @@ constexpr Operand nvf_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nvf_sr_h = {F
 constexpr Operand fs = {Format::nvfp4, vec, rn, Scale::four_six}, fs_sq = {Format::nvfp4, square, rn, Scale::four_six};
 constexpr Operand fs_sr = {Format::nvfp4, vec, sr, Scale::four_six}, fs_h = {Format::nvfp4, vec, rn, Scale::four_six, 16};
 constexpr Operand fs_sr_h = {Format::nvfp4, vec, sr, Scale::four_six, 16};
+constexpr Operand on_fp8(Operand c, Carrier carrier) {
+    c.carrier = carrier;
+    return c;
+}
+constexpr Operand po2 = {Format::nvfp4, vec, rn, Scale::po2};
+constexpr Operand mx4_8 = on_fp8(mx4, Carrier::e4m3), mx4_8g = on_fp8(mx4, Carrier::e5m2), nvf_8 = on_fp8(po2, Carrier::e4m3), nvf_8g = on_fp8(po2, Carrier::e5m2);
 constexpr Operand split(Operand c) {
     c.split = true;
     return c;
@@ -90,6 +96,10 @@ inline const std::vector<Recipe>& recipes() {
                           {nvf,   nvf_sq,   nvf_sr, nvf_sq,  nvf_sr_h, nvf_h}, 0.15},
         {"mxfp4",         "E2M1 in blocks of 32 under power-of-two scales, nearest everywhere",
                           {mx4,  mx4,     mx4,   mx4,    mx4,     mx4}},
+        {"mxfp4-fp8",     "mxfp4 on FP8 units: codes times scales as E4M3, of gradients as E5M2",
+                          {mx4_8, mx4_8,    mx4_8g, mx4_8,   mx4_8g,   mx4_8}},
+        {"nvfp4-fp8",     "nvfp4 on FP8 units likewise, its block scales powers of two",
+                          {nvf_8, nvf_8,    nvf_8g, nvf_8,   nvf_8g,   nvf_8}},
         {"four-over-six", "nvidia, each block's largest element on 6 or on 4, whichever errs less",
                           {fs,   fs_sq,   fs_sr, fs_sq,  fs_sr_h, fs_h}, 1. / 6},
         {"metis-code",    "what Metis' published code does: D alone split, 64 directions at every call, float scales, one quantisation for two GEMMs",
@@ -117,7 +127,7 @@ inline const std::vector<CellKey>& cell_keys() {
         {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}},
         {"block", {"vector", "square"}},
         {"rounding", {"nearest", "stochastic"}},
-        {"scale", {"te", "headroom", "four_six", "floor", "ceil"}},
+        {"scale", {"te", "headroom", "four_six", "po2", "floor", "ceil"}},
         {"hadamard", {"0", "16", "32", "64", "128"}},
         {"signs", {"fixed", "random", "plus"}},
         {"split", {"no", "yes"}},
@@ -125,6 +135,7 @@ inline const std::vector<CellKey>& cell_keys() {
         {"residual", {"quantised", "exact"}},
         {"along", {"contracted", "other"}},
         {"draws", {"own", "before"}},
+        {"carrier", {"own", "e4m3", "e5m2"}},
     };
     return keys;
 }
@@ -136,12 +147,14 @@ inline std::string cell_text(Operand c) {
     if (c.rounding == Rounding::stochastic) text += " sr";
     if (c.scale == Scale::headroom) text += " 17/16";
     if (c.scale == Scale::four_six) text += " 4/6";
+    if (c.scale == Scale::po2) text += " po2";
     if (is_mx(c.format) && c.scale == Scale::floor) text += " floor";
     if (c.hadamard) text += " h" + std::to_string(c.hadamard) + (c.signs == Signs::random ? "r" : c.signs == Signs::plus ? "+" : "");
     if (c.split && c.factors != Factors::nearest) text += c.factors == Factors::exact ? " AB exact" : " AB sr";
     if (c.split && c.residual == Residual::exact) text += " R exact";
     if (c.along == Along::other) text += " across";
     if (c.draws == Draws::before) text += " again";
+    if (is_carried(c)) text += c.carrier == Carrier::e4m3 ? " in e4m3" : " in e5m2";
     return text;
 }
 
@@ -198,6 +211,7 @@ inline void set_cells(Recipe& r, const std::string& changes) {
                 if (!is_quantised(c.format)) c = {c.format};
                 if (is_mx(c.format) && c.scale < Scale::floor) c.scale = Scale::ceil;
                 if (!is_mx(c.format) && c.scale >= Scale::floor) c.scale = Scale::te;
+                if (!is_4bit(c.format)) c.carrier = Carrier::own;
             }
             if (k == 1) c.block = (Block)v;
             if (k == 2) c.rounding = (Rounding)v;
@@ -209,6 +223,7 @@ inline void set_cells(Recipe& r, const std::string& changes) {
             if (k == 8) c.residual = (Residual)v;
             if (k == 9) c.along = (Along)v;
             if (k == 10) c.draws = (Draws)v;
+            if (k == 11) c.carrier = (Carrier)v;
         }
         if (!matched) fail("--set %s: %s names no operand; they are %s ... %s, or x, w, d, fprop, dgrad, wgrad, all", change.c_str(), which.c_str(),
                            operand_names[0], operand_names[operand_count - 1]);
@@ -222,10 +237,13 @@ inline void check_recipe(const Recipe& r) {
         auto refuse = [&](const char* why) { fail("%s of recipe %s: %s", operand_names[i], r.name.c_str(), why); };
         if (!is_quantised(c.format) && !(c == Operand{c.format})) refuse("f32 and bf16 take no block, rounding, scale or hadamard");
         if (!has_blocks(c.format) && c.block == Block::square) refuse("only nvfp4, mxfp4 and mxfp8 have blocks");
-        if (c.format == Format::nvfp4 && c.scale >= Scale::floor) refuse("nvfp4's scale is te, headroom or four_six");
+        if (c.format == Format::nvfp4 && c.scale >= Scale::floor) refuse("nvfp4's scale is te, headroom, four_six or po2");
         if (is_mx(c.format) && c.scale < Scale::floor) refuse("an MX format's scale is floor or ceil");
         if (c.format != Format::nvfp4 && !is_mx(c.format) && c.scale != Scale::te) refuse("only nvfp4 and MX formats have scale rules");
         if (c.hadamard && c.block == Block::square) refuse("a square block cannot have a hadamard: it would serve one axis only");
+        if (is_carried(c) && c.format != Format::mxfp4 && !(c.format == Format::nvfp4 && c.scale == Scale::po2))
+            refuse("FP8 carries mxfp4, and nvfp4 under scale=po2: other block scales are no powers of two");
+        if (is_carried(c) && c.split) refuse("a split operand has no FP8 carrier: beside it lie thin factors");
         if (c.split && c.hadamard) refuse("a split operand cannot have a hadamard: its thin products are not rotated");
         if (c.hadamard && has_blocks(c.format) && c.hadamard % block_length(c.format)) refuse("the hadamard must cover whole blocks");
         const Operand& other = r.cell[i ^ 1];
@@ -287,7 +305,7 @@ struct SideScratch {
 struct OperandScratch {
     void *a = nullptr, *b = nullptr;
     float *scales = nullptr, *partial = nullptr;           // S_enc and S_dec of a and of b; the quantiser's partial results
-    float* tally = nullptr;                                // operand_count x 5: Tally of each operand; null: not now
+    float* tally = nullptr;                                // a Tally of each operand; null: not now
     bool nearest = false;                                  // evaluation: no stochastic rounding
     bool refresh = false;                                  // bases may be refreshed: training, no recomputation
     SideScratch side[2] = {};
@@ -315,6 +333,7 @@ inline int64_t thin_columns(const Recipe& r, Which which, int k) { return k * (r
 // is split: then the GEMM is one of residuals beside thin factors (product()), which one block-scaled GEMM cannot hold.
 inline Type narrow_type(const Operand& c) {
     if (c.split || c.along == Along::other) return Type::f32;
+    if (is_carried(c)) return c.carrier == Carrier::e4m3 ? Type::fp8 : Type::fp8_e5m2;
     return c.format == Format::fp8 ? Type::fp8 : c.format == Format::fp8_e5m2 ? Type::fp8_e5m2 : c.format == Format::mxfp8 ? Type::mxfp8
          : c.format == Format::nvfp4 ? Type::nvfp4 : Type::f32;
 }
@@ -322,7 +341,7 @@ inline Type narrow_type(const Operand& c) {
 // and of FP8 on sm_89, sm_90 and sm_120.
 inline Mat narrow_mat(const Operand& c, int64_t inner) {
     static const float mark = 1;
-    return {nullptr, narrow_type(c), inner, false, has_tensor_scale(c.format) ? &mark : nullptr};
+    return {nullptr, narrow_type(c), inner, false, has_tensor_scale(c) ? &mark : nullptr};
 }
 // Whether the GPU multiplies this GEMM's operands as they are: (m x k) (n x k)^T. Else they are emulated in bf16.
 inline bool runs_natively(const Ctx& ctx, const Recipe& r, Which first, int64_t m, int64_t n, int64_t k, Type c, bool add) {
@@ -358,7 +377,7 @@ template <class From> void pack_operand(Ctx& ctx, const QuantCall& call, const M
     quantise(ctx, call, (acc_t*)nullptr, from, {(uint8_t*)to.data, (uint8_t*)to.blocks, ScaleOrder::tiled});
 }
 template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
-    if (has_tensor_scale(call.cell.format) && !scaled) tensor_scale(ctx, call, (const From*)from.data);
+    if (has_tensor_scale(call.cell) && !scaled) tensor_scale(ctx, call, (const From*)from.data);
     if (is_narrow(to.type)) pack_operand(ctx, call, to, (const From*)from.data);
     else quantise(ctx, call, (To*)to.data, (const From*)from.data);
 }
@@ -379,7 +398,8 @@ inline bool same_scale(const Recipe& r, Which which, bool nearest) {
     Operand a = r.cell[made_before[which]], b = r.cell[which];
     if (nearest) a.rounding = b.rounding = Rounding::nearest;
     bool alike = a.split == b.split && (!a.split || (a.factors == b.factors && a.residual == b.residual));
-    return has_tensor_scale(a.format) && has_tensor_scale(b.format) && !a.hadamard && !b.hadamard && alike && scale_rule(a).full == scale_rule(b).full;
+    bool one_rule = is_mx(a.format) == is_mx(b.format) && a.scale == b.scale && scale_rule(a).full == scale_rule(b).full;
+    return has_tensor_scale(a) && has_tensor_scale(b) && !a.hadamard && !b.hadamard && alike && one_rule;
 }
 
 // An operand of a GEMM as product() takes it. r: the residual, or all of it, (outer x contracted). Of a split one also the thin
@@ -501,7 +521,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         if (cell.format == Format::e2m1) a.axis = Axis::column, b.axis = Axis::row;     // the published code: each along its long side
         quantise_operand(ctx, a, false, qa, mat((const acc_t*)unit, k));
         quantise_operand(ctx, b, false, qb, mat((const acc_t*)basis, cols));
-        if (has_tensor_scale(cell.format)) qa.scale = a.scale + 1, qb.scale = b.scale + 1;
+        if (has_tensor_scale(cell)) qa.scale = a.scale + 1, qb.scale = b.scale + 1;
     }
     p.split = true, p.o = qa, p.c = qb, p.l = l;
     if (trained) return;
@@ -546,16 +566,16 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
             sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
             float* scale = lin.scales ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * second;
             bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
-            QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + 5 * which : nullptr};
+            QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + tally_sums * which : nullptr};
             if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
             call.ld = p.r.ld;
             if (native) {
                 int64_t outer = axis == Axis::row ? rows : cols, inner = axis == Axis::row ? cols : rows;
                 p.r.type = narrow_type(cell), p.r.ld = inner;
-                if (has_blocks(cell.format)) p.r.blocks = (const uint8_t*)p.r.data + packed_bytes(cell, outer, inner);
+                if (has_scale_bytes(cell)) p.r.blocks = (const uint8_t*)p.r.data + packed_bytes(cell, outer, inner);
             }
             quantise_operand(ctx, call, scaled, p.r, source);
-            if (has_tensor_scale(cell.format)) p.r.scale = call.scale + 1;
+            if (has_tensor_scale(cell)) p.r.scale = call.scale + 1;
         }
     }
     if (axis == Axis::column && !native) {

@@ -936,7 +936,8 @@ static void log_details(const Run& run, FILE* log, const StepResult& r) {
         const Tally& t = r.tally[i];
         if (t.count == 0) continue;                                              // not quantised
         classes += std::string(classes.empty() ? "\"" : ",\"") + operand_names[i] + "\":{\"error\":" + json_number(t.energy > 0 ? std::sqrt(t.error / t.energy) : 0) +
-                   ",\"zero\":" + json_number(t.zero / t.count) + ",\"saturated\":" + json_number(t.saturated / t.count) + "}";
+                   ",\"zero\":" + json_number(t.zero / t.count) + ",\"saturated\":" + json_number(t.saturated / t.count) +
+                   (is_carried(run.model.precision.recipe.cell[i]) ? ",\"lost\":" + json_number(t.lost / t.count) : "") + "}";
     }
     if (!classes.empty()) log_line(log, "{\"step\":%lld,\"quant\":{%s}}\n", (long long)run.step, classes.c_str());
 }

@@ -20,7 +20,7 @@ parser.add_argument("--only", default="build,tests,sanitize,kernels,steps,profil
 o = parser.parse_args()
 os.makedirs(o.out, exist_ok=True)
 begin, lines, failed = time.time(), [], False
-recipes = ["bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "metis"]
+recipes = ["bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "mxfp4-fp8", "nvfp4-fp8", "metis"]
 
 def left(): return 60 * o.minutes - (time.time() - begin)
 

@@ -12,7 +12,7 @@ import argparse, json, os, statistics, subprocess, sys, tempfile
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("program")
 parser.add_argument("model")
-parser.add_argument("variants", nargs="*", default=["fp8", "mxfp8", "nvfp4", "nvfp4-sr", "nvidia", "nvidia --bf16-last 0", "four-over-six --bf16-last 0", "mxfp4", "metis"])
+parser.add_argument("variants", nargs="*", default=["fp8", "mxfp8", "nvfp4", "nvfp4-sr", "nvidia", "nvidia --bf16-last 0", "four-over-six --bf16-last 0", "mxfp4", "mxfp4-fp8", "nvfp4-fp8", "metis"])
 parser.add_argument("--data", required=True)
 parser.add_argument("--batches", type=int, default=4)
 parser.add_argument("--batch", default="8")

@@ -119,7 +119,7 @@ template <class From> nlohmann::ordered_json look(Ctx& ctx, const QuantCall& cal
     });
     to_host(ctx, seen.data(), buffer, bytes);
     float scale[2] = {1, 1};
-    if (has_tensor_scale(call.cell.format)) tensor_scale(ctx, call, from), to_host(ctx, scale, call.scale, sizeof scale);
+    if (has_tensor_scale(call.cell)) tensor_scale(ctx, call, from), to_host(ctx, scale, call.scale, sizeof scale);
     quantise(ctx, call, buffer, from);
     to_host(ctx, rounded.data(), buffer, bytes);
     device_free(buffer, bytes);

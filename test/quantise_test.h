@@ -34,14 +34,14 @@ template <class To, class From> Made make(Run& r, const Case& c, const std::vect
     Buffer<To> to(r, n);
     Buffer<float> scale(r, 2), partial(r, quantise_partials(c.cell, c.rows, c.cols));
     Buffer<uint8_t> codes(r, packed ? (int64_t)packed_bytes(c.cell, c.outer(), c.inner()) : 0);
-    Buffer<uint8_t> scales(r, packed && has_blocks(c.cell.format) ? (int64_t)packed_scale_bytes(c.cell, c.outer(), c.inner(), c.order) : 0);
+    Buffer<uint8_t> scales(r, packed && has_scale_bytes(c.cell) ? (int64_t)packed_scale_bytes(c.cell, c.outer(), c.inner(), c.order) : 0);
     if (c.order == ScaleOrder::tiled) std::fill(scales.host.begin(), scales.host.end(), 0), scales.send();                 // the padding is the caller's
     RandomKey sign_key = c.key;
     sign_key.operand = c.gemm, sign_key.purpose = Purpose::signs;
     QuantCall call = {c.cell, c.axis, c.rows, c.cols, c.key, sign_key, scale.p, partial.p};
     Packed into;
     if (packed) into.codes = codes.p, into.scales = scales.p, into.order = c.order;
-    bool tensor = has_tensor_scale(c.cell.format);
+    bool tensor = has_tensor_scale(c.cell);
     if (tensor) tensor_scale(r.ctx, call, (const From*)from.p);
     quantise(r.ctx, call, to.p, (const From*)from.p, into);
     Made m;
@@ -60,10 +60,10 @@ template <class To, class From> Made make(Run& r, const Case& c, const std::vect
 // The packed codes and plain scales of a slow::Matrix, with masks of the bits that are specified.
 struct Bytes { std::vector<uint8_t> byte, mask; };
 inline void pack(const slow::Matrix& m, Bytes& codes, Bytes& scales) {
-    bool down = m.axis == Axis::column, nibbles = is_4bit(m.cell.format);
-    int64_t outer = down ? m.cols : m.rows, length = down ? m.rows : m.cols, B = block_length(m.cell.format), inner = (length + B - 1) / B * B;
+    bool down = m.axis == Axis::column, carried = m.cell.carrier != Carrier::own, nibbles = is_4bit(m.cell.format) && !carried;
+    int64_t outer = down ? m.cols : m.rows, length = down ? m.rows : m.cols, B = carried ? 16 : block_length(m.cell.format), inner = (length + B - 1) / B * B;
     codes.byte.assign(outer * inner / (nibbles ? 2 : 1), 0), codes.mask = codes.byte;
-    scales.byte.assign(has_blocks(m.cell.format) ? outer * inner / B : 0, 0), scales.mask = scales.byte;
+    scales.byte.assign(has_blocks(m.cell.format) && !carried ? outer * inner / B : 0, 0), scales.mask = scales.byte;
     for (int64_t o = 0; o < outer; o++)
         for (int64_t i = 0; i < inner; i++) {
             int64_t at = down ? i * m.cols + o : o * m.cols + i, to = o * inner + i, byte = nibbles ? to / 2 : to;
@@ -84,7 +84,7 @@ template <class To> float as_stored(float v) { return sizeof(To) == 2 && std::fa
 
 // Packed bytes, tensor scale and stored values of one call against the slow quantiser.
 template <class To> void compare(Run& r, const Made& got, const slow::Matrix& want) {
-    if (has_tensor_scale(want.cell.format)) {
+    if (has_tensor_scale(want.cell)) {
         r.verdict.note(same(got.S_dec, want.S_dec), "S_dec is %.9g, not %.9g", got.S_dec, want.S_dec);
         if (is_finite(want.S_dec)) r.verdict.note(same(got.S_enc, want.S_enc), "S_enc is %.9g, not %.9g", got.S_enc, want.S_enc);
     }

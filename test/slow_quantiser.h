@@ -109,7 +109,9 @@ struct Matrix {
     std::vector<float> x;                 // after the Hadamard
     std::vector<int> code, byte;
     std::vector<double> scale, value;     // its block's scale as a number; code times that, without the tensor's scale
+    std::vector<bool> lost = {};          // whose product of code and scale the FP8 carrier does not hold
     float S_enc = 1, S_dec = 1;
+    int top = 8;                          // the exponent of the largest block scale, where that is a power of two
     float decoded(int64_t i) const { return (float)value[i] * S_dec; }
 };
 
@@ -123,16 +125,25 @@ inline float tree_sum(std::vector<float> e) {
     return e[0];
 }
 
-struct Candidate { int byte = -1; std::vector<int> code = {}; float error = 0; };
+struct Candidate { int byte = -1; std::vector<int> code = {}; float error = 0; double scale = 1; };
+
+// The smallest power of two that is not below base, of the 18 binades that end at 2^top.
+inline double po2(float base, int top) {
+    double s = std::ldexp(1., top - 17);
+    while (s < base && s < std::ldexp(1., top)) s *= 2;
+    return base == 0 ? 0 : s;
+}
 
 // One block, `at` the indices of its elements, row after row of `width`. `draws`: their random bits, or null.
 inline Candidate nvfp4_block(const Matrix& m, const std::vector<int64_t>& at, int64_t width, float base, const uint32_t* draws) {
     Candidate c;
-    c.byte = nearest(base, e4m3());
-    float s = (float)e4m3()[c.byte], enc = s == 0 ? 0 : clamped(1.f / (s * m.S_dec));
+    bool power = m.cell.scale == Scale::po2;
+    c.byte = power ? -1 : nearest(base, e4m3());
+    float s = power ? (float)po2(base, m.top) : (float)e4m3()[c.byte], enc = s == 0 ? 0 : clamped(1.f / (s * m.S_dec));
     std::vector<std::vector<float>> columns(width);
     for (size_t i = 0; i < at.size(); i++) {
         float x = m.x[at[i]], scaled = x * enc;
+        c.scale = s;
         c.code.push_back(draws ? stochastic(scaled, draws[i], e2m1()) : nearest(scaled, e2m1()));
         float e = (float)e2m1()[c.code[i]] * s * m.S_dec - x;
         columns[i % width].push_back(e * e);
@@ -182,7 +193,16 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
     bool mx = cell.format == Format::mxfp4 || cell.format == Format::mxfp8, nv = cell.format == Format::nvfp4, real = cell.format == Format::e2m1;
     bool room = nv && (cell.scale == Scale::headroom || (cell.scale == Scale::four_six && random));
     float cap = nv ? (cell.scale == Scale::four_six ? 256.f : 448.f) : 1.f, top = nv ? (room ? (float)(96. / 17) : 6.f) : (float)g.max();
-    if (!mx && !real) {
+    bool carried = cell.carrier != Carrier::own;
+    const Grid& carrier = cell.carrier == Carrier::e4m3 ? e4m3() : e5m2();
+    if (carried) m.top = (int)std::floor(std::log2(carrier.max() / 6));
+    if (nv && cell.scale == Scale::po2) cap = std::ldexp(1.f, m.top);
+    if (carried && mx) {
+        float amax = amax_of(all);
+        int byte = e8m0(amax, 6, cell.scale == Scale::ceil);
+        m.S_dec = byte == 255 ? NAN : amax == 0 ? 1 : std::ldexp(1.f, std::max(byte - 127 - m.top, -126)), m.S_enc = 1 / m.S_dec;
+        if (byte == 255) return m;
+    } else if (!mx && !real) {
         float amax = amax_of(all);
         bool finite = amax <= 3.40282347e38f;
         m.S_enc = amax == 0 ? 1.f : clamped((cap * top) / amax), m.S_dec = finite ? 1.f / m.S_enc : NAN;
@@ -234,13 +254,18 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
                 }
             }
             for (size_t i = 0; i < at.size(); i++) {
-                m.byte[at[i]] = best.byte;
+                m.byte[at[i]] = nv && cell.scale == Scale::po2 ? nearest((float)best.scale, e4m3()) : best.byte;
                 if (mx && best.byte == 255) continue;
-                m.code[at[i]] = best.code[i], m.scale[at[i]] = real ? s : nv ? e4m3()[best.byte] : std::ldexp(1., best.byte - 127);
+                m.code[at[i]] = best.code[i], m.scale[at[i]] = real ? s : nv ? best.scale : std::ldexp(1., best.byte - 127) / m.S_dec;
                 m.value[at[i]] = g[best.code[i]] * m.scale[at[i]];
                 if (real) m.value[at[i]] = (float)m.value[at[i]];
             }
         }
+    for (int64_t i = 0; carried && i < n; i++) {                                       // products under 2^-126 are far below any FP8 number
+        double product = m.value[i];
+        m.code[i] = nearest((float)product, carrier), m.value[i] = carrier[m.code[i]];
+        m.lost.push_back(m.value[i] != product);
+    }
     return m;
 }
 

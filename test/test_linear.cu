@@ -48,6 +48,10 @@ static std::vector<Recipe> odd_recipes() {
         changed("nvfp4-sr", "wgrad.format=f32"),                              // leaves dgrad's operands in the scratch, to be looked at
         changed("nvfp4", "wgrad.format=f32,dgrad.hadamard=16,dgrad.signs=random,w.scale=four_six,dgrad_w.rounding=stochastic"),
         changed("mxfp4", "wgrad.format=f32,dgrad.rounding=stochastic"),
+        changed("nvfp4", "all.scale=po2,d.rounding=stochastic,w.block=square"),
+        changed("mxfp4-fp8", "all.scale=floor,d.rounding=stochastic,w.block=square,wgrad.hadamard=32"),
+        changed("nvfp4-fp8", "all.rounding=stochastic,x.carrier=e5m2,fprop_w.carrier=own,wgrad.hadamard=16,wgrad.signs=random"),
+        changed("mxfp4-fp8", "wgrad.format=bf16,dgrad_w.carrier=own,w.scale=floor"),
         changed("float", "dgrad.format=nvfp4"),
         changed("nvfp4", "all.format=e2m1"),
         changed("nvfp4", "all.format=e2m1,x.rounding=stochastic,fprop.hadamard=16,wgrad_x.block=square,dgrad.format=f32"),
@@ -89,7 +93,7 @@ template <class T> struct Layer {
           x(r, size[0], [&](int64_t) { return number(rng); }), w(r, size[1], [&](int64_t) { return 0.1 * number(rng); }),
           d(r, size[2], [&](int64_t) { return 1e-3 * number(rng); }),
           a(r, largest(c, 0, type_of<act_t>(), type_of<T>(), size)), b(r, largest(c, 1, type_of<act_t>(), type_of<T>(), size)),
-          scales(r, 4), kept(r, 6), partial(r, partials(c, size, cols)), tally(r, 5 * operand_count, [](int64_t) { return 0; }) {
+          scales(r, 4), kept(r, 6), partial(r, partials(c, size, cols)), tally(r, tally_sums * operand_count, [](int64_t) { return 0; }) {
         scratch.a = a.n ? a.p : nullptr, scratch.b = b.n ? b.p : nullptr, scratch.scales = scales.p, scratch.partial = partial.p;
         lin = {"fprop", "dgrad", "wgrad", in, out, w.p, nullptr, &recipe, 7};
         r.at("%s, %ld rows, %ld to %ld, %d-byte outputs", recipe.name.c_str(), (long)rows, (long)in, (long)out, (int)sizeof(T));
@@ -208,7 +212,8 @@ static void test_recipes(Run& r, const std::vector<Recipe>& all) {
 static void test_native(Run& r) {
     const std::vector<Recipe> all = {*find_recipe("fp8"), *find_recipe("mxfp8"), *find_recipe("nvfp4"), *find_recipe("nvfp4-sr"), *find_recipe("nvidia"),
                                      *find_recipe("four-over-six"), changed("fp8", "all.format=fp8_e5m2"), changed("fp8", "all.rounding=stochastic,wgrad.hadamard=16"),
-                                     changed("mxfp8", "w.block=square,d.rounding=stochastic,wgrad.hadamard=32"), changed("nvfp4", "dgrad_d.along=other,wgrad_x.format=bf16")};
+                                     changed("mxfp8", "w.block=square,d.rounding=stochastic,wgrad.hadamard=32"),
+                                     *find_recipe("mxfp4-fp8"), *find_recipe("nvfp4-fp8"), changed("mxfp4-fp8", "w.block=square,d.rounding=stochastic,wgrad.hadamard=32,x.scale=floor"), changed("nvfp4", "dgrad_d.along=other,wgrad_x.format=bf16")};
     // Which GEMMs are native: all; all, scales of several tiles; rows = 48 cannot be contracted in FP4; 33 rows none; in = 80 not in fprop; none
     const struct { int64_t rows, in, out; } shapes[] = {{32, 64, 96}, {160, 96, 288}, {48, 64, 96}, {33, 64, 96}, {64, 80, 96}, {64, 60, 40}};
     int seen = 0;
@@ -295,9 +300,9 @@ static void test_tally(Run& r) {
             bool reused = which == wgrad_d && !strcmp(name, "fp8");
             if (reused) error = zero = count = 0;
             r.verdict.note(reused || (error > 0 && t.count < tally_every), "the test has no edge");
-            r.verdict.close(l.tally[5 * which], error, (depth(tile_size) + 8) * u * error, "the sum of squared errors of operand", which);
-            r.verdict.close(l.tally[5 * which + 2], zero, 0, "zeros of operand", which);
-            r.verdict.close(l.tally[5 * which + 4], count, 0, "elements of operand", which);
+            r.verdict.close(l.tally[tally_sums * which], error, (depth(tile_size) + 8) * u * error, "the sum of squared errors of operand", which);
+            r.verdict.close(l.tally[tally_sums * which + 2], zero, 0, "zeros of operand", which);
+            r.verdict.close(l.tally[tally_sums * which + 4], count, 0, "elements of operand", which);
         }
     }
 }
@@ -342,8 +347,14 @@ static void test_bad_cells() {
         {"bf16", "dgrad_d.rounding=stochastic", "dgrad_d of recipe bf16", "f32 and bf16 take no block, rounding, scale or hadamard"},
         {"float", "fprop.hadamard=16", "fprop_x of recipe float", "f32 and bf16 take no block, rounding, scale or hadamard"},
         {"fp8", "fprop_w.block=square", "fprop_w of recipe fp8", "only nvfp4, mxfp4 and mxfp8 have blocks"},
-        {"nvfp4", "dgrad_w.scale=ceil", "dgrad_w of recipe nvfp4", "nvfp4's scale is te, headroom or four_six"},
+        {"nvfp4", "dgrad_w.scale=ceil", "dgrad_w of recipe nvfp4", "nvfp4's scale is te, headroom, four_six or po2"},
         {"mxfp4", "wgrad_d.scale=headroom", "wgrad_d of recipe mxfp4", "an MX format's scale is floor or ceil"},
+        {"mxfp4", "wgrad_d.scale=po2", "wgrad_d of recipe mxfp4", "an MX format's scale is floor or ceil"},
+        {"nvfp4", "w.carrier=e4m3", "fprop_w of recipe nvfp4", "FP8 carries mxfp4, and nvfp4 under scale=po2"},
+        {"mxfp8", "dgrad_d.carrier=e5m2", "dgrad_d of recipe mxfp8", "FP8 carries mxfp4, and nvfp4 under scale=po2"},
+        {"nvfp4-fp8", "wgrad_d.scale=te", "wgrad_d of recipe nvfp4-fp8", "FP8 carries mxfp4, and nvfp4 under scale=po2"},
+        {"metis", "all.format=mxfp4,x.carrier=e4m3", "fprop_x of recipe metis", "a split operand has no FP8 carrier"},
+        {"nvfp4", "x.carrier=fp8", "--set x.carrier=fp8", "is one of own, e4m3, e5m2"},
         {"fp8", "wgrad_x.scale=four_six", "wgrad_x of recipe fp8", "only nvfp4 and MX formats have scale rules"},
         {"fp8", "wgrad_x.scale=ceil", "wgrad_x of recipe fp8", "only nvfp4 and MX formats have scale rules"},
         {"nvidia", "dgrad.hadamard=16", "dgrad_w of recipe nvidia", "a square block cannot have a hadamard"},
@@ -391,6 +402,9 @@ static void test_set_cells() {
         {"metis", "d.split=no,fprop_x.factors=exact,fprop_w.residual=exact",
          {"split nvfp4 AB exact", "split nvfp4 R exact", "nvfp4 sr", "split nvfp4", "nvfp4 sr", "split nvfp4"}},
         {"nvfp4", "all.format=e2m1,wgrad.along=other,wgrad_x.draws=before", {"e2m1", "e2m1", "e2m1", "e2m1", "e2m1 across", "e2m1 across again"}},
+        {"mxfp4-fp8", "dgrad_w.block=square,wgrad_d.carrier=own,wgrad_x.format=fp8",
+         {"mxfp4 in e4m3", "mxfp4 in e4m3", "mxfp4 in e5m2", "mxfp4 32x32 in e4m3", "mxfp4", "fp8"}},
+        {"nvfp4", "d.scale=po2,dgrad_d.carrier=e5m2", {"nvfp4", "nvfp4", "nvfp4 po2 in e5m2", "nvfp4", "nvfp4 po2", "nvfp4"}},
         {"mxfp4", "dgrad.scale=floor,wgrad_x.format=fp8,fprop.format=f32", {"f32", "f32", "mxfp4 floor", "mxfp4 floor", "mxfp4", "fp8"}},
     };
     int failed = 0;

@@ -118,13 +118,13 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
             QuantCall call = {cell, axis, rows, cols, {}, {}, scale.p, partial.p};
             wide = mat(values.p, cols), narrow = narrow_mat(cell, inner);
             narrow.data = packed.p, narrow.scale = nullptr;
-            if (has_blocks(cell.format)) narrow.blocks = packed.p + packed_bytes(cell, outer, inner);
+            if (has_scale_bytes(cell)) narrow.blocks = packed.p + packed_bytes(cell, outer, inner);
             quantise_operand(r.ctx, call, false, wide, mat(from.p, cols));
             quantise_operand(r.ctx, call, true, narrow, mat(from.p, cols));
-            if (has_tensor_scale(cell.format)) wide.scale = narrow.scale = scale.p + 1;
+            if (has_tensor_scale(cell)) wide.scale = narrow.scale = scale.p + 1;
             if (axis == Axis::column) wide = wide.transposed();
             values.fetch();
-            if (has_tensor_scale(cell.format)) scale.fetch();
+            if (has_tensor_scale(cell)) scale.fetch();
         }
         double at(int64_t o, int64_t i) const { return values[axis == Axis::row ? o * cols + i : i * cols + o]; }
     };
@@ -140,7 +140,7 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
     native.fetch(), emulated.fetch();
     if (!r.compare) return;
     double alpha = (a.wide.scale ? a.scale[1] : 1) * (b.wide.scale ? b.scale[1] : 1);
-    r.verdict.note(has_tensor_scale(p.format) == (alpha != 1), "alpha is %g: the test has no edge", alpha);
+    r.verdict.note(has_tensor_scale(p) == (alpha != 1), "alpha is %g: the test has no edge", alpha);
     for (int64_t i = 0; i < m * n; i++) {
         double s = 0, size = 0;
         for (int64_t x = 0; x < k; x++) s += a.at(i / n, x) * b.at(i % n, x), size += std::fabs(a.at(i / n, x) * b.at(i % n, x));
@@ -155,7 +155,7 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
 static void test_native(Run& r) {
     typedef std::vector<std::pair<Operand, Operand>> Pairs;
     const Operand mx8_sq = {Format::mxfp8, Block::square, rn, Scale::ceil};
-    const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}};
+    const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}, {mx4_8, mx4_8}, {mx4_8g, mx4_8}, {nvf_8, nvf_8g}, {fp8, mx4_8}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}};
     const Shape shapes[] = {{16, 16, 32}, {48, 80, 96}, {144, 272, 160}, {272, 16, 256}};      // tiles of 128 x 4 scales: parts of one, several
     int served = 0;
     for (const char* sm : {"90", "100", "120"}) {
@@ -167,7 +167,7 @@ static void test_native(Run& r) {
                     bool offered = plans.serves(narrow_type(p), narrow_type(q));
                     served += offered;
 #ifdef METIS_EMULATED
-                    r.verdict.note(offered == (!has_blocks(p.format) || atoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
+                    r.verdict.note(offered == (!has_scale_bytes(p) || atoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
 #endif
                     if (!offered) continue;
                     for (auto [m, n, k] : shapes)

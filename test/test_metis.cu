@@ -241,7 +241,7 @@ static double amax(const Dense& a) {
 }
 // The tensor's scale: amax on the largest block scale times the largest code. Three roundings, and err of what amax is known to.
 static void check_scale(Run& r, const Factor& got, Operand cell, double amax, double err, const char* what) {
-    double want = !has_tensor_scale(cell.format) || amax == 0 ? 1 : amax / (6 * 448.);
+    double want = !has_tensor_scale(cell) || amax == 0 ? 1 : amax / (6 * 448.);
     r.verdict.close(got.scale, want, err / (6 * 448.) + 4 * u * want, what, 0);
 }
 
@@ -309,7 +309,7 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
     Which before = made_before[which];
     const Operand& then = t.recipe.cell[before == operand_count ? which : before];
     bool alike = then.split == cell.split && (!cell.split || (then.factors == t.recipe.cell[which].factors && then.residual == cell.residual));
-    bool kept = t.lin.scales && before != operand_count && has_tensor_scale(then.format) && alike;
+    bool kept = t.lin.scales && before != operand_count && has_tensor_scale(then) && alike;
     if (!kept) of[matrix_of[which]] = most;
     check_scale(r, p.r, cell, of[matrix_of[which]], slack, "S of R");
     check_rounded(r, p.r, want, err, cell, other, "R");
