@@ -220,6 +220,17 @@ def nvfp4_block(x, rule, rounding, r, S_enc, S_dec):
     return (four if four[3] < six[3] else six)[:3]
 
 
+def power_of_two_block(x, top, rounding, r, S_enc, S_dec):
+    """"po2": like nvfp4_block, but the block scale is the smallest power of two, of 18 up to 2^top, under which nothing saturates ->
+    the scale, codes, code times scale."""
+    base = np.minimum(amax_of(x) * (S_enc * (f32(1) / f32(6))), FLT_MAX)
+    s = f32(0) if base == 0 else next((two(k) for k in range(top - 17, top) if base <= two(k)), two(top))
+    enc = np.minimum(f32(1) / (s * S_dec), FLT_MAX) if s > 0 else f32(0)
+    e = ELEMENT["e2m1"]
+    code = nearest(x * enc, e) if rounding == "nearest" else stochastic(x * enc, e, r)
+    return s, code, e.value[code] * s
+
+
 def mx_block(x, element, rule, rounding, r):
     """x: a block of 32 or 32x32 -> scale byte, codes, decoded. Under a NaN scale codes are UNSPECIFIED."""
     e = ELEMENT[element]
@@ -235,11 +246,13 @@ def mx_block(x, element, rule, rounding, r):
 
 UNSPECIFIED = -1                        # a code or scale that decodes to NaN whatever it is: '?' in the files
 FORMAT = {"nvfp4": ("e2m1", 16), "mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "e4m3": ("e4m3", 16), "e5m2": ("e5m2", 16)}
+CARRIER_TOP = {None: 8, "e4m3": 6, "e5m2": 13}      # exponent of the largest power-of-two block scale; 6 times it is an FP8 number
 BY_TENSOR = ("e4m3", "e5m2")            # no blocks; the 16 above is what a row of codes is padded to
 Quantised = collections.namedtuple("Quantised", "transformed decoded element_codes codes scales tensor_scale packed_codes")
 
 
-def quantise(x, format, block="vector", axis="row", rounding="nearest", scale=None, hadamard=0, signs="plus", key=Key(), gemm=0):
+def quantise(x, format, block="vector", axis="row", rounding="nearest", scale=None, hadamard=0, signs="plus", key=Key(), gemm=0,
+             carrier=None):
     """x: (rows, cols) float32 -> Quantised, by the rules of test/vectors/README.md.
 
     transformed    (rows, cols) float32: x after the Hadamard transform, what is quantised
@@ -248,7 +261,9 @@ def quantise(x, format, block="vector", axis="row", rounding="nearest", scale=No
     codes          (outer, padded inner) int16: element_codes with the contraction innermost, padded by zeros to whole blocks (by UNSPECIFIED under NaN)
     scales         (outer, blocks) int16: scale bytes, UNSPECIFIED in an NVFP4 tensor that is not finite; None by tensor
     tensor_scale   float32 S_dec, None for MX
-    packed_codes   uint8 bytes of codes, 0 where unspecified"""
+    packed_codes   uint8 bytes of codes, 0 where unspecified
+
+    carrier: "e4m3" or "e5m2": codes and element_codes are FP8 numbers, code times block scale, and there are no scale bytes"""
     x = np.asarray(x, dtype=f32)
     rows, cols = x.shape
     element, B = FORMAT[format]
@@ -268,7 +283,13 @@ def quantise(x, format, block="vector", axis="row", rounding="nearest", scale=No
             codes = nearest(x * S_enc, e) if rounding == "nearest" else stochastic(x * S_enc, e, r)
             decoded = e.value[codes] * S_dec
     else:
-        if format == "nvfp4":
+        highest = CARRIER_TOP[carrier]
+        if carrier and format == "mxfp4":
+            byte = e8m0(amax_of(x), element, scale)
+            S_dec = f32(np.nan) if byte == 255 else f32(1) if not np.any(x) else two(max(byte - 127 - highest, -126))
+        elif scale == "po2":
+            S_enc, S_dec = tensor_scales(amax_of(x), two(highest) * f32(6))
+        elif format == "nvfp4":
             cap, top = cap_and_top(scale, rounding)
             S_enc, S_dec = tensor_scales(amax_of(x), f32(cap) * top)
         height, width = {"square": (B, B), "row": (1, B), "column": (B, 1)}["square" if block == "square" else axis]
@@ -276,12 +297,27 @@ def quantise(x, format, block="vector", axis="row", rounding="nearest", scale=No
         for i in range(by_block.shape[0]):
             for j in range(by_block.shape[1]):
                 at = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
-                if format != "nvfp4":
+                if S_dec is not None and not np.isfinite(S_dec):
+                    continue
+                if scale == "po2":
+                    s, codes[at], decoded[at] = power_of_two_block(x[at], highest, rounding, r[at], S_enc, S_dec)
+                    by_block[i, j] = nearest(s, ELEMENT["e4m3"])
+                elif format != "nvfp4":
                     by_block[i, j], codes[at], decoded[at] = mx_block(x[at], element, scale, rounding, r[at])
-                elif np.isfinite(S_dec):
+                    if carrier:
+                        decoded[at] = ELEMENT[element].value[codes[at]] * f32(np.ldexp(np.float64(1), by_block[i, j] - 127) / S_dec)
+                else:
                     by_block[i, j], codes[at], decoded[at] = nvfp4_block(x[at], scale, rounding, r[at], S_enc, S_dec)
         if block == "square":                   # a tile's byte serves each of its B rows, or columns
             by_block = np.repeat(by_block, B, axis=0)[:rows] if axis == "row" else np.repeat(by_block, B, axis=1)[:, :cols]
+
+    if carrier:
+        by_block, element, B = None, carrier, 16
+        if np.isfinite(S_dec):
+            codes = nearest(decoded, ELEMENT[carrier])
+            decoded = ELEMENT[carrier].value[codes] * S_dec
+    elif scale == "po2":
+        decoded = decoded * S_dec
 
     inner_last = codes if axis == "row" else codes.T
     by_block = by_block if axis == "row" or by_block is None else by_block.T
@@ -375,7 +411,7 @@ def ties(d, format, scale, outer, inner):
         return x
     x *= np.repeat(two(-d.integers(8, outer, -(-inner // B))), B, axis=1)[:, :inner]
     if format == "nvfp4":                                   # the tensor's amax, cap * 6 / 256, makes S_enc = 256
-        x[0, :B] = grid_and_ties(d, element, 1, B) * f32({"four_six": 256, "te": 448, "headroom": 448}[scale] / 256)
+        x[0, :B] = grid_and_ties(d, element, 1, B) * f32({"four_six": 256, "po2": 256, "te": 448, "headroom": 448}[scale] / 256)
     return x
 
 
@@ -647,15 +683,17 @@ def operand_fields(x, format, q):
 
 
 def case(data, maker, format, axis="row", rounding="nearest", scale=None, block=None, hadamard=0, signs="plus", key=KEYS[0], gemm=0,
-         with_tiled=False, with_decoded=False):
+         with_tiled=False, with_decoded=False, carrier=None):
     """maker: (outer, inner) float32. -> a line of blocks.jsonl."""
     block = block or ("tensor" if format in BY_TENSOR else "vector")
     x = np.ascontiguousarray(maker if axis == "row" else maker.T)
-    q = quantise(x, format, block, axis, rounding, scale, hadamard, signs, key, gemm)
-    name = [data, format, block, axis, rounding, scale, hadamard and f"H{hadamard} {signs}", f"{x.shape[0]}x{x.shape[1]}"]
+    q = quantise(x, format, block, axis, rounding, scale, hadamard, signs, key, gemm, carrier)
+    name = [data, format, block, axis, rounding, scale, carrier and f"in {carrier}", hadamard and f"H{hadamard} {signs}", f"{x.shape[0]}x{x.shape[1]}"]
     line = {"name": " ".join(str(part) for part in name if part), "format": format, "block": block, "axis": axis,
             "rounding": rounding, "scale": scale, "hadamard": hadamard, "signs": signs, "key": key._asdict(), "gemm": gemm,
-            **operand_fields(x, format, q)}
+            **operand_fields(x, carrier or format, q)}
+    if carrier:
+        line["carrier"] = carrier
     if with_tiled:
         line["scales_tiled"] = hex_of(tiled(q.scales), "u1")
     if with_decoded:
@@ -720,6 +758,16 @@ def blocks():
                with_tiled=True)
     yield case("tails", d.tails(33, 72), "nvfp4", "row", "nearest", "four_six", key=key(), with_tiled=True)
     yield case("normal", d.normal(16, 64), "mxfp8", "row", "nearest", "ceil", key=key(), with_tiled=True)
+    for format, scale, carrier in [("nvfp4", "po2", c) for c in (None, "e4m3", "e5m2")] + [("mxfp4", s, c) for s in ("floor", "ceil") for c in ("e4m3", "e5m2")]:
+        for i, axis in enumerate(axes):                     # 8. power-of-two scales, carried by FP8: blocks over 36 binades
+            x = mix(d, format, scale, 8, 36)
+            x[5:] *= np.ldexp(f32(1), np.repeat(-4 * np.arange(9), 4))
+            yield case("binades", x, format, axis, roundings[i], scale, key=key(), carrier=carrier, with_decoded=i == 0, with_tiled=not carrier)
+        yield case("tiles", mix_tiles(d, format, 40, 36), format, axes[n % 2], roundings[n % 2], scale, "square", key=key(), carrier=carrier)
+        for kind in ("zero", "denormal", "huge", "nan"):
+            yield case(kind, special(d, kind, format, scale, 2, 40), format, "row", roundings[n % 2], scale, key=key(), carrier=carrier)
+    yield case("tails", d.tails(2, 64), "nvfp4", "column", "nearest", "po2", hadamard=32, signs="fixed", key=key(), carrier="e4m3", gemm=1)
+    yield case("tails", d.tails(2, 64), "mxfp4", "row", "stochastic", "ceil", hadamard=32, signs="random", key=key(), carrier="e5m2", gemm=2)
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # gemm.jsonl

@@ -268,10 +268,11 @@ static Operand cell_of(const json& line, const char* format) {
     c.block = line["block"] == "square" ? square : vec;
     c.rounding = named<Rounding>(line["rounding"], {{"nearest", rn}, {"stochastic", sr}});
     if (!line["scale"].is_null())
-        c.scale = named<Scale>(line["scale"], {{"te", Scale::te}, {"headroom", Scale::headroom}, {"four_six", Scale::four_six}, {"floor", Scale::floor},
+        c.scale = named<Scale>(line["scale"], {{"te", Scale::te}, {"headroom", Scale::headroom}, {"four_six", Scale::four_six}, {"po2", Scale::po2}, {"floor", Scale::floor},
                                                {"ceil", Scale::ceil}});
     c.hadamard = line.value("hadamard", 0);
     c.signs = signs_of(line.value("signs", "plus"));
+    c.carrier = named<Carrier>(line.value("carrier", "own"), {{"own", Carrier::own}, {"e4m3", Carrier::e4m3}, {"e5m2", Carrier::e5m2}});
     return c;
 }
 static Case case_of(const json& line, const char* format) {
@@ -378,13 +379,14 @@ template <class To, class From> static void test_vector_block(Run& r, const json
         poisoned = slow::is_nan(want);
     }
     std::vector<float> decoded = l.contains("decoded") ? array<float>(l["decoded"]) : std::vector<float>();
-    const slow::Grid& g = slow::elements(c.cell.format);
-    int64_t B = block_length(c.cell.format), inner = (c.inner() + B - 1) / B * B;
-    bool nibbles = is_4bit(c.cell.format), mx = is_mx(c.cell.format);
+    bool bytes = has_scale_bytes(c.cell), carried = is_carried(c.cell);
+    const slow::Grid& g = !carried ? slow::elements(c.cell.format) : c.cell.carrier == Carrier::e4m3 ? slow::e4m3() : slow::e5m2();
+    int64_t B = carried ? 16 : block_length(c.cell.format), inner = (c.inner() + B - 1) / B * B;
+    bool nibbles = is_4bit(c.cell.format) && !carried, mx = is_mx(c.cell.format);
     for (int64_t i = 0; i < c.rows * c.cols; i++) {
         int64_t o = c.axis == Axis::row ? i / c.cols : i % c.cols, in = c.axis == Axis::row ? i % c.cols : i / c.cols, at = o * inner + in;
-        int code = nibbles ? got.codes[at / 2] >> in % 2 * 4 & 15 : got.codes[at], byte = has_blocks(c.cell.format) ? got.scales[at / B] : 0;
-        double scale = !has_blocks(c.cell.format) ? 1 : mx ? (byte == 255 ? NAN : std::ldexp(1., byte - 127)) : slow::e4m3()[byte];
+        int code = nibbles ? got.codes[at / 2] >> in % 2 * 4 & 15 : got.codes[at], byte = bytes ? got.scales[at / B] : 0;
+        double scale = !bytes ? 1 : mx ? (byte == 255 ? NAN : std::ldexp(1., byte - 127)) : slow::e4m3()[byte];
         float value = (float)(std::copysign(g[code], code & g.sign ? -1. : 1.) * scale);
         if (poisoned) r.verdict.note(slow::is_nan(got.value[i] * got.S_dec), "element %ld is %g under a NaN", (long)i, got.value[i]);
         else r.verdict.note(same(got.value[i], as_stored<To>(value)), "element %ld is %.9g, packed %.9g", (long)i, got.value[i], value);
