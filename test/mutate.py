@@ -3,6 +3,7 @@
 copy; the tests are built against the copy and must turn red.
 
     python3 test/mutate.py [-j N] [WORD ...]       N at a time (2); only mutations whose name has one of the WORDs
+    python3 test/mutate.py --lines                 do all find their lines in the source? (part of `make test`)
 
 A line each, then `N caught, M missed`; status 1 if one was missed, does not compile, or no longer finds its line in the source: then
 give it the line's new form. Ten to fifteen minutes on two cores; not part of `make test`. The first failing test ends a mutation, so what
@@ -24,9 +25,8 @@ TESTS = ("test_fp4", "test_quantise", "test_linear")
 MUTATIONS = [
     # rounding
     ("ties go up", "fp4.cuh", "return with_sign((a + c) - c, x);", "return with_sign((float_of(bits_of(a) + 1) + c) - c, x);"),
-    ("nearest does not saturate", "fp4.cuh", "    a = a < f.max ? a : f.max;\n    float b =", "    float b ="),
-    ("subnormals in steps of their own size", "fp4.cuh", "float b = a > f.min_normal ? a : f.min_normal;",
-     "float b = a > f.min_normal / 2 ? a : f.min_normal / 2;"),
+    ("nearest does not saturate", "fp4.cuh", "float a = smaller(magnitude(x), f.max);\n    float c =", "float a = magnitude(x);\n    float c ="),
+    ("subnormals in steps of their own size", "fp4.cuh", "(bits_of(larger(a, f.min_normal)) &", "(bits_of(larger(a, f.min_normal / 2)) &"),
     ("a zero loses its sign", "fp4.cuh", "return float_of(bits_of(q) | (bits_of(x) & 0x80000000u));",
      "return q == 0 ? q : float_of(bits_of(q) | (bits_of(x) & 0x80000000u));"),
     ("stochastic: no half", "fp4.cuh", " + (1u << (f.drop - 17));", ";"),
@@ -34,9 +34,8 @@ MUTATIONS = [
     ("stochastic: subnormals not lifted", "fp4.cuh", "float lift = a < f.min_normal ? f.min_normal : 0.f;\n    uint32_t u",
      "float lift = 0.f;\n    uint32_t u"),
     # scales
-    ("tensor scale: other order of products", "fp4.cuh", "float base = s.amax[u] * per_amax;\n            BlockScale b = nvfp4_scale(base",
-     "float base = s.amax[u] * S_enc * rule.inverse_top;\n            BlockScale b = nvfp4_scale(base"),
-    ("block scale: division instead of a product", "fp4.cuh", "enc = 1.f / (s * S_dec);", "enc = 1.f / s / S_dec;"),
+    ("tensor scale: other order of products", "fp4.cuh", "float base = s.amax[u] * per_amax;\n            base =", "float base = s.amax[u] * S_enc * rule.inverse_top;\n            base ="),
+    ("block scale: division instead of a product", "fp4.cuh", "round_nearest(base, e4m3), enc = 1.f / (s * S_dec);", "round_nearest(base, e4m3), enc = 1.f / s / S_dec;"),
     ("blocks that vanish keep codes", "fp4.cuh", "return {s == 0 ? 0.f : enc, s};", "return {enc, s};"),
     ("four_six: cap 448", "fp4.cuh", "cap = c.scale == Scale::four_six ? 256.f : 448.f;", "cap = 448.f;"),
     ("no headroom", "fp4.cuh", "float top = room ? 96.f / 17.f : 6.f", "float top = 6.f"),
@@ -53,8 +52,17 @@ MUTATIONS = [
      "return float_of(u < 0x7f800001u ? u : 0u);"),
     ("S_dec of an infinity is a number", "fp4.cuh", "scale[1] = is_finite(amax) ? 1.f / enc : float_of(0x7fc00000u);",
      "scale[1] = 1.f / enc;"),
-    ("amax of a transformed operand before its Hadamard", "fp4.cuh", "hadamard(g, t, s.v, cell.hadamard, s.sign);\n            }\n            acc_t m",
+    ("amax of a transformed operand before its Hadamard", "fp4.cuh", "hadamard(g, t, s.v, cell.hadamard, s.sign, ahead);\n            }\n            acc_t m",
      "}\n            acc_t m"),
+    # power-of-two scales, carried by FP8
+    ("po2: the nearest power", "fp4.cuh", "(bits_of(base) + 0x7fffff) & 0x7f800000u", "(bits_of(base) + 0x400000) & 0x7f800000u"),
+    ("po2: seventeen binades", "fp4.cuh", "most * 0x1p-17f", "most * 0x1p-16f"),
+    ("carrier: E4M3 one binade higher", "fp4.cuh", "c.carrier == Carrier::e4m3 ? 6 :", "c.carrier == Carrier::e4m3 ? 7 :"),
+    ("carrier: values not rounded to it", "fp4.cuh", "        if (carried) {", "        if (false) {"),
+    ("carrier: nothing is ever lost", "fp4.cuh", "(held != q ? 1.f : 0.f)", "0.f"),
+    ("carrier: one MX rule for all tensor scales", "fp4.cuh", "int e = (int)(ceil ? e8m0_ceil(amax, e2m1) : e8m0_floor(amax, e2m1))", "int e = (int)e8m0_ceil(amax, e2m1)"),
+    ("carrier: packed in blocks of 32", "fp4.cuh", "has_scale_bytes(c) ? block_length(c.format) : 16", "block_length(c.format)"),
+    ("carrier: tensor scales taken over between MX rules", "metis.cuh", " && a.scale == b.scale && scale_rule(a)", " && scale_rule(a)"),
     # Hadamard
     ("Hadamard: one fixed sign", "fp4.cuh", "const uint32_t fixed = 0xd7e8;", "const uint32_t fixed = 0xd7ec;"),
     ("Hadamard: random signs read backwards", "fp4.cuh", "random.w[i / 32] >> (i & 31)", "random.w[i / 32] >> (31 - (i & 31))"),
@@ -73,8 +81,8 @@ MUTATIONS = [
     ("draws: signs of each operand its own", "metis.cuh", "sign_key.operand = (uint32_t)which / 2,", "sign_key.operand = (uint32_t)which,"),
     ("draws: evaluation rounds stochastically", "metis.cuh", "if (s.nearest) cell.rounding = Rounding::nearest,", "if (s.nearest)"),
     # packing
-    ("packing: nibbles exchanged", "fp4.cuh", "code = (uint8_t)(code | encode(s.v[next], f) << 4);",
-     "code = (uint8_t)(code << 4 | encode(s.v[next], f));"),
+    ("packing: nibbles exchanged", "fp4.cuh", "code = (uint8_t)(code | encode(s.v[next], holder) << 4);",
+     "code = (uint8_t)(code << 4 | encode(s.v[next], holder));"),
     ("packing: tiled scales by other strides", "fp4.cuh", "r % 32 * 16 + r % 128 / 32 * 4 + b % 4;",
      "r % 32 * 16 + b % 4 * 4 + r % 128 / 32;"),
     # the layer
@@ -84,7 +92,7 @@ MUTATIONS = [
      "QuantCall call = {cell, which == dgrad_w ? Axis::row : blocks, rows"),
     ("D with blocks serves twice", "metis.cuh", "bool same = once == again && !has_blocks(once.format) && ",
      "bool same = once == again && "),
-    ("D rounded stochastically serves twice", "metis.cuh", " && once.rounding == Rounding::nearest;", ";"),
+    ("D rounded stochastically serves twice", "metis.cuh", " && once.rounding == Rounding::nearest && !native", " && !native"),
     ("D serves wgrad whatever its cell", "metis.cuh", "bool same = once == again && ", "bool same = once.format == again.format && "),
     ("tensor scales taken over in spite of a Hadamard", "metis.cuh", "!a.hadamard && !b.hadamard && alike", "alike"),
     ("tensor scales taken over between rules", "metis.cuh", " && scale_rule(a).full == scale_rule(b).full;", ";"),
@@ -92,8 +100,8 @@ MUTATIONS = [
      "product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 0,"),
     ("a tensor scale is not multiplied in", "matmul.cuh", "acc_t(a.scale ? *a.scale : 1.f) * acc_t(b.scale ? *b.scale : 1.f);",
      "acc_t(b.scale ? *b.scale : 1.f);"),
-    ("the tally counts padding", "fp4.cuh", "                           : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;",
-     "                           : 1.f;"),
+    ("the tally counts padding", "fp4.cuh", "                         : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;",
+     "                         : 1.f;"),
     # refusals
     ("a Hadamard on one side only is allowed", "metis.cuh", "if (c.hadamard != other.hadamard || ", "if ("),
     ("MX scales on nvfp4 are allowed", "metis.cuh", "if (c.format == Format::nvfp4 && c.scale >= Scale::floor)", "if (false)"),
@@ -209,6 +217,10 @@ def mutate(mutation):
 
 def main():
     words, jobs = sys.argv[1:], 2
+    if words == ["--lines"]:
+        lost = [m for m in MUTATIONS + SPLIT_MUTATIONS if open(os.path.join(ROOT, m[1])).read().count(m[2]) != 1]
+        print("".join(f"FAIL {m[0]}: its line is no longer in {m[1]}\n" for m in lost) + f"ok {len(MUTATIONS + SPLIT_MUTATIONS) - len(lost)} mutations find their lines")
+        sys.exit(bool(lost))
     if words[:1] == ["-j"] and len(words) > 1 and words[1].isdigit():
         jobs, words = int(words[1]), words[2:]
     if any(word.startswith("-") for word in words):

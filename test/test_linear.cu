@@ -51,7 +51,7 @@ static std::vector<Recipe> odd_recipes() {
         changed("nvfp4", "all.scale=po2,d.rounding=stochastic,w.block=square"),
         changed("mxfp4-fp8", "all.scale=floor,d.rounding=stochastic,w.block=square,wgrad.hadamard=32"),
         changed("nvfp4-fp8", "all.rounding=stochastic,x.carrier=e5m2,fprop_w.carrier=own,wgrad.hadamard=16,wgrad.signs=random"),
-        changed("mxfp4-fp8", "wgrad.format=bf16,dgrad_w.carrier=own,w.scale=floor"),
+        changed("mxfp4-fp8", "dgrad.scale=floor"),
         changed("float", "dgrad.format=nvfp4"),
         changed("nvfp4", "all.format=e2m1"),
         changed("nvfp4", "all.format=e2m1,x.rounding=stochastic,fprop.hadamard=16,wgrad_x.block=square,dgrad.format=f32"),

@@ -8,12 +8,15 @@ ways to ask for the same recipe must give the same losses. Helpers and the model
 """
 import os
 import re
+import subprocess
 import sys
 import tempfile
 
 sys.dont_write_bytecode = True
 import test_cli as cli
 from test_cli import case, log_rows, printed_losses, run, same_run, step_rows
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 # 6 x 112 tokens, 160 wide: multiples of 32 for the Hadamard, of no tile; 2 blocks, so that nvidia's last 15% is none of them.
 BASE = {**cli.MICRO, "--batch": 6, "--seq": 112, "--ffn": 160, "--steps": 4, "--eval-batches": 1, "--eval-every": 2}
@@ -60,6 +63,17 @@ def same_bits():
 
 
 def cells():
+    with case("where FP8 loses nothing, mxfp4-fp8 trains bit for bit as mxfp4"):
+        os.environ["METIS_NATIVE"] = "0"                    # FP8 units of a GPU add in another way
+        carried, own = losses(recipe="mxfp4-fp8"), losses(recipe="mxfp4")
+        del os.environ["METIS_NATIVE"]
+        assert carried == own
+        run({**BASE, "--recipe": "mxfp4-fp8", "--stats-every": 4, "--out": "carried"})
+        rows = [r["quant"] for r in log_rows("carried") if "quant" in r]
+        assert rows and all(operand["lost"] == 0 for row in rows for operand in row.values()), rows
+    with case("test/mutate.py: every planted mistake finds its line in the source"):
+        found = subprocess.run([sys.executable, os.path.join(HERE, "mutate.py"), "--lines"], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
     with case("--set on one row is another row"):
         assert losses(recipe="nvfp4", set="dgrad_d.rounding=stochastic,wgrad_d.rounding=stochastic") == losses(recipe="nvfp4-sr")
         assert losses(recipe="nvfp4", set="d.rounding=stochastic") == losses(recipe="nvfp4-sr")
