@@ -352,6 +352,7 @@ struct QuantCall {
     int64_t ld = 0;                 // the row length of what quantise() writes; 0: cols
     const acc_t *low_a = nullptr, *low_b = nullptr;     // a low-rank part (rows x k)(k x cols) that is taken away first, tile by tile
     int k = 0;
+    const float* row_amax = nullptr;                    // max |x| of every row of the source, where whoever wrote it took note; else null
 };
 // Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became zero, elements beyond the largest
 // code; how many were looked at; and whose product of code and scale the carrier does not hold.
@@ -390,12 +391,19 @@ HD float magnitude_or_infinity(float x) {
     return float_of(u < 0x7f800000u ? u : 0x7f800000u);
 }
 
+// to (null: nowhere) = the amax of a row that the group has just written, from the cache: a pass over memory less for tensor_scale().
+template <class G, class T> HD void note_amax(G g, float* to, const T* row, int n) {
+    if (!to) return;
+    g.sync();
+    acc_t m = g.max(n, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, row);
+    if (g.lane() == 0) *to = (float)m;
+}
+
 // scale[0] = S_enc, scale[1] = S_dec from the amax of the whole matrix (after the Hadamard, where there is one).
 template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From* from) {
     int64_t n = q.rows * q.cols, parts;
-    acc_t unused = 0;
-    (void)unused;
-    float* partial = q.partial;
+    const float* partial = q.partial;
+    float* own = q.partial;
     if (q.cell.hadamard || q.k) {
         TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
         Operand cell = q.cell;
@@ -413,14 +421,15 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
                 hadamard(g, t, s.v, cell.hadamard, s.sign, ahead);
             }
             acc_t m = g.max(tile_size, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, (const float*)s.v);
-            if (g.lane() == 0) partial[i] = (float)m;
+            if (g.lane() == 0) own[i] = (float)m;
         });
-    } else {
+    } else if (q.row_amax) parts = q.rows, partial = q.row_amax;
+    else {
         parts = (n + amax_chunk - 1) / amax_chunk;
         for_rows<quantise_amax, 256>(ctx, {n * sizeof(From) * 1., 0}, parts, KERNEL(Group<256> g, int64_t r) {
             int64_t first = r * amax_chunk;
             acc_t m = g.max((int)(n - first < amax_chunk ? n - first : amax_chunk), [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + first);
-            if (g.lane() == 0) partial[r] = (float)m;
+            if (g.lane() == 0) own[r] = (float)m;
         });
     }
     float* scale = q.scale;

@@ -260,8 +260,10 @@ inline void embed_backward(Ctx& ctx, acc_t* grad, const act_t* dx, const int* to
 }
 
 // x = a + b (b may be null: then x may be a itself, or null to leave a where it is); h = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps).
-// Torch: x = a + b; h = F.rms_norm(x, (C,), w, eps). Shapes: x, h, a, b (N x C); rstd (N).
-inline void residual_rmsnorm(Ctx& ctx, act_t* x, act_t* h, acc_t* rstd, const act_t* a, const act_t* b, const acc_t* w, int64_t N, int C, acc_t eps) {
+// Torch: x = a + b; h = F.rms_norm(x, (C,), w, eps). Shapes: x, h, a, b (N x C); rstd (N). amax (N), here and below: max |h| of every row,
+// for the quantiser that comes next; null: not wanted.
+inline void residual_rmsnorm(Ctx& ctx, act_t* x, act_t* h, acc_t* rstd, const act_t* a, const act_t* b, const acc_t* w, int64_t N, int C, acc_t eps,
+                             float* amax = nullptr) {
     Cost cost = {N * C * sizeof(act_t) * (b ? 4. : 2.), N * C * 5.};
     for_rows<residual_rmsnorm_forward>(ctx, cost, N, KERNEL(Group<32> g, int64_t r) {
         const act_t* row = b ? x + r * C : a + r * C;
@@ -273,6 +275,7 @@ inline void residual_rmsnorm(Ctx& ctx, act_t* x, act_t* h, acc_t* rstd, const ac
         acc_t s = 1 / std::sqrt(squares / C + eps);
         g.map(C, [=](acc_t& o, acc_t v, acc_t u) { o = v * s * u; }, out(h + r * C), row, w);
         if (g.lane() == 0) rstd[r] = s;
+        note_amax(g, amax ? amax + r : nullptr, (const act_t*)h + r * C, C);
     });
 }
 
@@ -281,7 +284,8 @@ inline int64_t norm_chunks(int64_t N) { return (N + norm_rows - 1) / norm_rows; 
 
 // dx (N x C) += gradient through h = x * rstd * w given dh; dw (C) += sum over rows of dh * x * rstd. `partial`: norm_chunks(N) x C.
 //     u = dh * w;   dx += rstd * u - x * rstd^3 * mean(u * x)
-inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const act_t* dh, const act_t* x, const acc_t* rstd, const acc_t* w, int64_t N, int C) {
+inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const act_t* dh, const act_t* x, const acc_t* rstd, const acc_t* w, int64_t N, int C,
+                         float* amax = nullptr) {
     for_rows<rmsnorm_backward, 128>(ctx, {N * C * sizeof(act_t) * 4., N * C * 10.}, norm_chunks(N), KERNEL(Group<128> g, int64_t k) {
         acc_t* sums = partial + k * C;
         g.map(C, [](acc_t& o) { o = 0; }, out(sums));
@@ -293,6 +297,7 @@ inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const a
                 o += s * d * u - v * t;
                 p += d * v * s;
             }, dx + r * C, sums, dh + r * C, x + r * C, w);
+            note_amax(g, amax ? amax + r : nullptr, (const act_t*)dx + r * C, C);
         }
     });
     int64_t n = norm_chunks(N);
@@ -344,20 +349,22 @@ inline void rotate(Ctx& ctx, act_t* qkv, const acc_t* cosine, const acc_t* sine,
 }
 
 // s (N x F) = silu(gate) * up, gu (N x 2F) = [gate | up]. Torch: F.silu(gate) * up.
-inline void swiglu(Ctx& ctx, act_t* s, const act_t* gu, int64_t N, int F) {
+inline void swiglu(Ctx& ctx, act_t* s, const act_t* gu, int64_t N, int F, float* amax = nullptr) {
     for_rows<swiglu_forward>(ctx, {N * F * sizeof(act_t) * 3., N * F * 8.}, N, KERNEL(Group<32> g, int64_t r) {
         g.map(F, [](acc_t& o, acc_t a, acc_t b) { o = a / (1 + exp_(-a)) * b; }, out(s + r * F), gu + r * 2 * F, gu + r * 2 * F + F);
+        note_amax(g, amax ? amax + r : nullptr, (const act_t*)s + r * F, F);
     });
 }
 
 // gu (N x 2F) becomes its own gradient, given ds (N x F).
-inline void swiglu_grad(Ctx& ctx, act_t* gu, const act_t* ds, int64_t N, int F) {
+inline void swiglu_grad(Ctx& ctx, act_t* gu, const act_t* ds, int64_t N, int F, float* amax = nullptr) {
     for_rows<swiglu_backward>(ctx, {N * F * sizeof(act_t) * 5., N * F * 12.}, N, KERNEL(Group<32> g, int64_t r) {
         g.map(F, [](acc_t& a, acc_t& b, acc_t d) {
             acc_t sig = 1 / (1 + exp_(-a)), silu = a * sig;
             a = d * b * (sig + silu * (1 - sig));
             b = d * silu;
         }, gu + r * 2 * F, gu + r * 2 * F + F, ds + r * F);
+        note_amax(g, amax ? amax + r : nullptr, (const act_t*)gu + r * 2 * F, 2 * F);
     });
 }
 
@@ -543,6 +550,7 @@ struct Model {
     acc_t *cosine, *sine;                                    // (T, D/2)
     int *tokens, *targets, *bucket_token, *bucket_start, *bucket_order;
     OperandScratch operands;
+    float *x_amax, *d_amax;                                  // (N) each: max |x| of each row of what forward, and backward, made last; null: no use for it
     float* tally;                                            // (operand_count, tally_sums): the quantiser's Tally of each operand
     float* scales;                                           // (tensors, 6): every linear layer's tensor scales
     MemoryPlan plan;
@@ -653,6 +661,8 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
         u.y = scratch.take<acc_t>(q * std::max(samples, wide)), u.g = scratch.take<acc_t>(q * std::max(samples, wide));
         u.gram = scratch.take<double>(q * q), u.vectors = scratch.take<double>(q * q + q + 2), u.state = scratch.take<int>(q + 1);
     }
+    bool amaxes = uses_amax(p.recipe) || uses_amax(p.eval);
+    m.x_amax = amaxes ? scratch.take<float>(N) : nullptr, m.d_amax = amaxes ? scratch.take<float>(N) : nullptr;
     m.tally = scratch.take<float>(operand_count * tally_sums), m.scales = scratch.take<float>(m.tensors.size() * 6);
     plan.scratch = scratch.used;
 
@@ -760,13 +770,13 @@ inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
     const LayerActs& a = m.acts[l];
     const LayerLinears& w = m.linears[l];
     int64_t N = (int64_t)shape.B * shape.T;
-    linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim), N);
+    linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim, m.x_amax), N);
     rotate(ctx, a.qkv, m.cosine, m.sine, shape, 1);
     attention_forward(ctx, a.att, a.att_low, a.lse, a.qkv, shape);
     linear_forward(ctx, w.o, m.operands, m.y, mat(a.att, w.o.in), N);
-    residual_rmsnorm(ctx, a.mid, a.h2, a.rstd2, a.x, m.y, m.weights[l].ffn_norm, N, c.dim, (acc_t)c.norm_eps);
-    linear_forward(ctx, w.gate_up, m.operands, a.gu, mat(a.h2, c.dim), N);
-    swiglu(ctx, a.s, a.gu, N, c.ffn);
+    residual_rmsnorm(ctx, a.mid, a.h2, a.rstd2, a.x, m.y, m.weights[l].ffn_norm, N, c.dim, (acc_t)c.norm_eps, m.x_amax);
+    linear_forward(ctx, w.gate_up, m.operands, a.gu, mat(a.h2, c.dim, m.x_amax), N);
+    swiglu(ctx, a.s, a.gu, N, c.ffn, m.x_amax);
 }
 
 inline Heads heads_of(const Config& c, int B, int T) { return {B, T, c.heads, c.kv_heads, c.head_dim}; }
@@ -783,9 +793,9 @@ inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     for (int l = 0; l < c.layers; l++) {
         const LayerActs& a = m.acts[l];
         const act_t* stream = l == 0 ? a.x : m.acts[l - 1].mid;               // the last block's output is mid + y, added here
-        residual_rmsnorm(ctx, a.x, a.h1, a.rstd1, stream, l == 0 ? nullptr : m.y, m.weights[l].attn_norm, N, c.dim, eps);
+        residual_rmsnorm(ctx, a.x, a.h1, a.rstd1, stream, l == 0 ? nullptr : m.y, m.weights[l].attn_norm, N, c.dim, eps, m.x_amax);
         block_forward(ctx, m, l, shape);
-        linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn), N);
+        linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn, m.x_amax), N);
     }
     residual_rmsnorm(ctx, m.x_final, m.h_final, m.rstd_final, m.acts[c.layers - 1].mid, m.y, m.final_norm, N, c.dim, eps);
 }
@@ -811,13 +821,13 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     Heads shape = heads_of(c, B, T);
     int64_t N = (int64_t)B * T, C = c.dim;
     set_zero(ctx, m.dx, N * C * sizeof(act_t));
-    rmsnorm_grad(ctx, m.dx, m.final_norm_grad, m.partial, m.dh, m.x_final, m.rstd_final, m.final_norm, N, c.dim);
+    rmsnorm_grad(ctx, m.dx, m.final_norm_grad, m.partial, m.dh, m.x_final, m.rstd_final, m.final_norm, N, c.dim, m.d_amax);
     for (int l = c.layers - 1; l >= 0; l--) {
         const LayerActs& a = m.acts[l];
         const LayerLinears& w = m.linears[l];
         const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
         acc_t eps = (acc_t)c.norm_eps;
-        if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps);
+        if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps, m.x_amax);
         if (m.recompute == Recompute::block) {                                // done again, not anew: bases stay, nothing is counted twice
             float* tally = m.operands.tally;
             m.operands.refresh = false, m.operands.tally = nullptr;
@@ -828,15 +838,15 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
             residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
             swiglu(ctx, a.s, a.gu, N, c.ffn);
         }
-        linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C), mat(a.s, c.ffn), N);
-        swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn);
-        linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn), mat(a.h2, C), N);
-        rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim);
-        linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C), mat(a.att, w.o.in), N);
+        linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C, m.d_amax), mat(a.s, c.ffn), N);
+        swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn, m.d_amax);
+        linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn, m.d_amax), mat(a.h2, C), N);
+        rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim, m.d_amax);
+        linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C, m.d_amax), mat(a.att, w.o.in), N);
         attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape);
         rotate(ctx, m.d_wide, m.cosine, m.sine, shape, -1);
         linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
-        rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim);
+        rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim, m.d_amax);
     }
     TokenBuckets buckets(tokens, N);
     to_device(ctx, m.bucket_token, buckets.token.data(), buckets.token.size() * sizeof(int));

@@ -37,6 +37,7 @@ HD bool is_tensorwise(Type t) { return t == Type::fp8 || t == Type::fp8_e5m2; }
 
 // A row-major matrix in memory. transposed(): the same memory, read as its transpose. scale: one float on the device that
 // multiplies the whole matrix (an FP4 operand's tensor scale), or null. blocks: scale bytes of mxfp8 and nvfp4, in tiles of 128 x 4.
+// row_amax: every row's max |x| as the kernel that made the matrix left it, or null.
 struct Mat {
     const void* data;
     Type type;
@@ -44,9 +45,10 @@ struct Mat {
     bool trans = false;
     const float* scale = nullptr;
     const uint8_t* blocks = nullptr;
+    const float* row_amax = nullptr;
     Mat transposed() const { return {data, type, ld, !trans, scale, blocks}; }
 };
-template <class T> Mat mat(const T* data, int64_t ld) { return {data, type_of<T>(), ld, false}; }
+template <class T> Mat mat(const T* data, int64_t ld, const float* row_amax = nullptr) { return {data, type_of<T>(), ld, false, nullptr, nullptr, row_amax}; }
 
 // m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0, scaled: alpha is the operands' scales (FP8's go another way)
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool, bool> MatmulKey;

@@ -261,6 +261,12 @@ inline bool is_quantised(const Recipe& r) {
     return false;
 }
 
+// Whether amaxes of whole rows are of use: for a tensor scale that is of the matrix as it is.
+inline bool uses_amax(const Recipe& r) {
+    for (const Operand& c : r.cell)
+        if (has_tensor_scale(c) && !c.split && !c.hadamard) return true;
+    return false;
+}
 inline bool is_split(const Recipe& r) {
     for (const Operand& c : r.cell)
         if (c.split) return true;
@@ -568,6 +574,7 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
             bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
             QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + tally_sums * which : nullptr};
             if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
+            else call.row_amax = source.row_amax;
             call.ld = p.r.ld;
             if (native) {
                 int64_t outer = axis == Axis::row ? rows : cols, inner = axis == Axis::row ? cols : rows;

@@ -455,6 +455,16 @@ static void test_buckets(Run& r) {
         }
 }
 
+// The amax that a kernel noted of every row that it wrote: exact.
+static void check_amax(Run& r, Buffer<float>& amax, const Buffer<act_t>& rows, int64_t width) {
+    amax.fetch();
+    for (int64_t i = 0; i < amax.n && r.compare; i++) {
+        double want = 0;
+        for (int64_t c = 0; c < width; c++) want = std::max(want, std::fabs(rows[i * width + c]));
+        r.verdict.close(amax[i], want, 0, "amax of row", i);
+    }
+}
+
 // rstd errs by half of what the mean of squares does (depth u) and a few u; h by that, two products and its own rounding. Rows are
 // scaled from 1 down to 1e-3, where eps is ten times the mean square, and to 0, where rstd is 1 / sqrt(eps).
 static void test_rmsnorm(Run& r) {
@@ -471,8 +481,10 @@ static void test_rmsnorm(Run& r) {
                 Buffer<act_t> x(r, N * C), h(r, N * C);
                 std::vector<double> before = a.values();
                 act_t *to = mode == 0 ? x.p : mode == 1 ? nullptr : a.p, *second = mode == 0 ? b.p : nullptr;
-                residual_rmsnorm(r.ctx, to, h.p, rstd.p, a.p, second, w.p, N, C, (acc_t)eps);
+                Buffer<float> amax(r, N);
+                residual_rmsnorm(r.ctx, to, h.p, rstd.p, a.p, second, w.p, N, C, (acc_t)eps, amax.p);
                 a.fetch(), x.fetch(), h.fetch(), rstd.fetch();
+                check_amax(r, amax, h, C);
                 if (!r.compare) continue;
                 for (int64_t i = 0; i < N * C; i++) r.verdict.close(a[i], before[i], 0, "a", i);
                 const Buffer<act_t>& from = mode == 0 ? x : a;
@@ -508,8 +520,10 @@ static void test_rmsnorm_grad(Run& r) {
             });
             std::vector<double> dx0 = dx.values(), dw0 = dw.values(), dw_size(C);
             for (int c = 0; c < C; c++) dw_size[c] = std::fabs(dw0[c]);
-            rmsnorm_grad(r.ctx, dx.p, dw.p, partial.p, dh.p, x.p, rstd.p, w.p, N, C);
+            Buffer<float> amax(r, N);
+            rmsnorm_grad(r.ctx, dx.p, dw.p, partial.p, dh.p, x.p, rstd.p, w.p, N, C, amax.p);
             dx.fetch(), dw.fetch();
+            check_amax(r, amax, dx, C);
             if (!r.compare) continue;
             for (int64_t row = 0; row < N; row++) {
                 double s = rstd[row], dot = 0, dot_size = 0;
@@ -609,9 +623,11 @@ static void test_swiglu(Run& r) {
             Buffer<act_t> gu(r, N * 2 * F, [&](int64_t i) { return i % (2 * F) < F ? rng(scales[rng.below(6)]) : rng(2); });
             Buffer<act_t> s(r, N * F), ds(r, N * F, [&](int64_t) { return rng(1); });
             std::vector<double> x = gu.values();
-            swiglu(r.ctx, s.p, gu.p, N, F);
-            swiglu_grad(r.ctx, gu.p, ds.p, N, F);
+            Buffer<float> amax(r, N), amax_grad(r, N);
+            swiglu(r.ctx, s.p, gu.p, N, F, amax.p);
+            swiglu_grad(r.ctx, gu.p, ds.p, N, F, amax_grad.p);
             s.fetch(), gu.fetch();
+            check_amax(r, amax, s, F), check_amax(r, amax_grad, gu, 2 * F);
             for (int64_t i = 0; i < N * F && r.compare; i++) {
                 int64_t at = i / F * 2 * F + i % F;
                 double a = x[at], b = x[at + F], d = ds[i], sigmoid = 1 / (1 + std::exp(-a)), silu = a * sigmoid, off = 1 / (1 + std::exp(a));
