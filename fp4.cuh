@@ -2,13 +2,13 @@
 //
 // A cell (Operand) says how a matrix becomes the operand of a GEMM. quantise() obeys it in two passes over the matrix:
 //
-//     tensor_scale()   amax of the whole matrix -> S_enc, S_dec                    (only formats with a tensor scale)
+//     tensor_scale()   amax of the whole matrix -> S_enc, S_dec                    (only formats with a tensor scale; of row amaxes, if noted)
 //     quantise()       tile by tile: load, Hadamard, amax of every block -> block scale, round every element, store
 //
 // What it stores is *code times block scale*, exactly, in bf16: at most 4 significant bits times 4, or times a power of two. A bf16
 // GEMM of such operands with float accumulation, its result multiplied by both S_dec, multiplies the very numbers that an FP4 tensor
 // core multiplies; only the order of the float additions differs. (In bf16's normal range: a product below 2^-126 may lose bits.)
-// pack() writes the same operand as a tensor core wants it: codes, two a byte along the contracted axis, and scale bytes.
+// Where asked it also packs the operand as a tensor core wants it: codes, two a byte along the contracted axis, and scale bytes.
 //
 // One function serves both axes. A *unit* is 16 elements along the contracted axis: 16 neighbours of a row, or 16 rows of a column;
 // a tile is 256 units, a block one unit (16), two (32), or all units of a square.
@@ -125,7 +125,8 @@ struct Operand {
 };
 inline bool operator==(Operand a, Operand b) {
     return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard &&
-           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual && a.along == b.along && a.draws == b.draws && a.carrier == b.carrier;
+           a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual && a.along == b.along && a.draws == b.draws &&
+           a.carrier == b.carrier;
 }
 
 inline bool is_quantised(Format f) { return f > Format::bf16; }
@@ -354,13 +355,13 @@ struct QuantCall {
     int k = 0;
     const float* row_amax = nullptr;                    // max |x| of every row of the source, where whoever wrote it took note; else null
 };
-// Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became zero, elements beyond the largest
-// code; how many were looked at; and whose product of code and scale the carrier does not hold.
+// Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became
+// zero, elements beyond the largest code; how many were looked at; and whose product of code and scale the carrier does not hold.
 struct Tally { float error, energy, zero, saturated, count, lost; };
 constexpr int tally_every = 64, tally_sums = sizeof(Tally) / sizeof(float);
 
 // A tensor core's operand: codes of (outer x inner) with the contracted axis inner, padded to whole blocks; one scale byte a block.
-// Square blocks repeat their scale for each of their outer rows.
+// Square blocks repeat their scale for each of their outer rows. FP8, and what it carries: a byte an element, no scale bytes.
 enum class ScaleOrder { plain, tiled };         // row-major; or in tiles of 128 x 4, as cuBLASLt and tcgen05 read them
 struct Packed {
     uint8_t *codes = nullptr, *scales = nullptr;
