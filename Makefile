@@ -60,12 +60,16 @@ endif
 
 # --- the program -------------------------------------------------------------------------------------------------------------
 all: train_llama
-train_llama: $(DIR)/train_llama
-	@cp $< $@.tmp && mv $@.tmp $@
-	@echo "→ ./train_llama: $(BUILD)"
+train_llama: $(DIR)/train_llama always
+	@cmp -s $< $@ || { cp $< $@.tmp && mv $@.tmp $@ && echo "→ ./train_llama: $(BUILD)"; }
+# What compiles: another compiler, another CPU or ONEDNN=0 build anew.
+$(DIR)/command: always
+	@mkdir -p $(DIR)
+	@echo '$(COMPILE) $(LIBS)' | cmp -s - $@ || echo '$(COMPILE) $(LIBS)' > $@
+always:
 
-CPU_ONEDNN = $(if $(filter 1,$(REF)),the reference build: plain loops,$(if $(filter 1,$(ONEDNN)),✓ oneDNN,✗ oneDNN not found: plain loops; apt install libdnnl-dev for 10x the speed))
-$(DIR)/train_llama: train_llama.cu | found
+CPU_ONEDNN = $(if $(filter 1,$(REF)),the reference build: plain loops,$(if $(filter 1,$(ONEDNN)),✓ oneDNN,$(if $(filter file,$(origin ONEDNN)),✗ oneDNN not found: plain loops; apt install libdnnl-dev for 10x the speed,plain loops (ONEDNN=0))))
+$(DIR)/train_llama: train_llama.cu $(DIR)/command | found
 	@mkdir -p $(DIR)
 	$(COMPILE) -MMD -MP -MF $@.d -DBUILD='"$(BUILD)"' $< -o $@ $(LIBS)
 
@@ -93,7 +97,7 @@ REFERENCE = build/ref$(if $(SAN),-asan)/train_llama
 
 # CUDA's headers, where they are, convert numbers on any machine: test_fp4 compares with them, or prints that it could not.
 $(DIR)/test_fp4: CPUFLAGS += $(patsubst %,-isystem %,$(wildcard /usr/local/cuda/include))
-$(DIR)/test_%: test/test_%.cu
+$(DIR)/test_%: test/test_%.cu $(DIR)/command
 	@mkdir -p $(DIR)
 	$(COMPILE) -MMD -MP -MF $@.d $< -o $@ $(LIBS)
 $(HOST)/test_model: test/test_model.cu
@@ -167,6 +171,6 @@ clean:
 help:
 	@sed -n '/^# make/,/^$$/p' Makefile | sed 's/^# \?//'
 
-.PHONY: all run found test test-asan test-emulated gpu-compile bench compare gpu-check print-dir print-gpu-tests clean help
+.PHONY: always all run found test test-asan test-emulated gpu-compile bench compare gpu-check print-dir print-gpu-tests clean help
 .DELETE_ON_ERROR:
 -include $(wildcard build/*/*.d build/*/*/*.d)

@@ -517,10 +517,13 @@ inline void prune_checkpoints(const std::string& out, int64_t keep) {
     for (size_t i = 0; keep >= 1 && i + (size_t)keep < all.size(); i++) remove_checkpoint(all[i]);
 }
 
-// For a run resumed from an older checkpoint than the latest: the later ones belong to a future that is being rewritten. Kept,
+// For a run resumed from an older checkpoint than the latest -> the folders removed: the later ones belong to a future that is being rewritten. Kept,
 // they would be "the latest" to the next --resume, and prune_checkpoints would delete the new ones instead.
-inline void remove_checkpoints_after(const std::string& out, int64_t step) {
-    for (const std::string& dir : list_checkpoints(out)) if (checkpoint_step(dir) > step) remove_checkpoint(dir);
+inline std::vector<std::string> remove_checkpoints_after(const std::string& out, int64_t step) {
+    std::vector<std::string> removed;
+    for (const std::string& dir : list_checkpoints(out))
+        if (checkpoint_step(dir) > step) remove_checkpoint(dir), removed.push_back(dir);
+    return removed;
 }
 
 // state.json guards the other files, so it must guard itself: its last line is the checksum of all that precedes it.

@@ -62,6 +62,8 @@ inline Config config_of(const Preset& p, int vocab) {
 inline void check_config(const Config& c) {
     if (c.layers < 1 || c.dim < 1 || c.heads < 1 || c.kv_heads < 1 || c.ffn < 1 || c.vocab < 1) fail("every model dimension must be at least 1");
     if (c.layers > 1000) fail("%d layers are more than the 1000 that this program takes", c.layers);
+    for (auto [name, size] : {std::pair<const char*, int>{"--dim", c.dim}, {"--ffn", c.ffn}, {"--vocab", c.vocab}})
+        if (size > 1 << 20) fail("%s %d is more than the %d that this program takes", name, size, 1 << 20);
     if (!(c.norm_eps > 0 && c.norm_eps < 1)) fail("rms_norm_eps %g is not between 0 and 1", c.norm_eps);
     if (!(c.rope_theta > 1)) fail("rope_theta %g is not above 1", c.rope_theta);
     if (c.heads % c.kv_heads) fail("--heads %d is not a multiple of --kv-heads %d: each key/value head serves a whole group", c.heads, c.kv_heads);
@@ -129,7 +131,7 @@ inline Config read_config(const std::string& path) {
     if (kind == "llama3") {
         c.scaling = {number(rope, "factor", required), number(rope, "low_freq_factor", required), number(rope, "high_freq_factor", required),
                      number(rope, "original_max_position_embeddings", required)};
-        if (!(c.scaling.factor >= 1 && c.scaling.high > c.scaling.low && c.scaling.low > 0)) key_error("rope_scaling", "has impossible factors");
+        if (!(c.scaling.factor >= 1 && c.scaling.high > c.scaling.low && c.scaling.low > 0 && c.scaling.original > 0)) key_error("rope_scaling", "has impossible factors");
     } else if (kind != "default") key_error("rope_type", ("\"" + kind + "\" is not implemented, only \"llama3\" and \"default\"").c_str());
     for (auto& [key, value] : rope.items()) {
         const char* known[] = {"rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"};

@@ -172,6 +172,7 @@ inline void set_split(SplitPlan& p, const std::string& change, const std::string
         double v = strtod(value.c_str(), &end);
         if (value.empty() || *end || !(v >= n.low && v <= n.high) || (n.whole && v != std::floor(v)))
             fail("--set %s: want a%s number between %g and %g", change.c_str(), n.whole ? " whole" : "", n.low, n.high);
+        if (key == "k" && std::fmod(v, 16)) fail("--set %s: want a multiple of 16", change.c_str());
         if (n.whole) *n.whole = (int)v;
         else *n.real = v;
         return;
@@ -210,7 +211,7 @@ inline void set_cells(Recipe& r, const std::string& changes) {
                 c.format = (Format)v;
                 if (!is_quantised(c.format)) c = {c.format};
                 if (is_mx(c.format) && c.scale < Scale::floor) c.scale = Scale::ceil;
-                if (!is_mx(c.format) && c.scale >= Scale::floor) c.scale = Scale::te;
+                if (!is_mx(c.format) && (c.format != Format::nvfp4 || c.scale >= Scale::floor)) c.scale = Scale::te;
                 if (!is_4bit(c.format)) c.carrier = Carrier::own;
             }
             if (k == 1) c.block = (Block)v;
@@ -230,12 +231,13 @@ inline void set_cells(Recipe& r, const std::string& changes) {
     }
 }
 
-// One line on the first cell, or pair of cells, that makes no sense.
-inline void check_recipe(const Recipe& r) {
-    for (int i = 0; i < operand_count; i++) {
+// One line on the first cell, or pair of cells, that makes no sense; "" if there is none.
+inline std::string recipe_error(const Recipe& r) {
+    std::string error;
+    for (int i = 0; i < operand_count && error.empty(); i++) {
         const Operand& c = r.cell[i];
-        auto refuse = [&](const char* why) { fail("%s of recipe %s: %s", operand_names[i], r.name.c_str(), why); };
-        if (!is_quantised(c.format) && !(c == Operand{c.format})) refuse("f32 and bf16 take no block, rounding, scale or hadamard");
+        auto refuse = [&](const char* why) { if (error.empty()) error = std::string(operand_names[i]) + " of recipe " + r.name + ": " + why; };
+        if (!is_quantised(c.format) && !(c == Operand{c.format})) refuse("f32 and bf16 take no block, rounding, scale, hadamard or split");
         if (!has_blocks(c.format) && c.block == Block::square) refuse("only nvfp4, mxfp4 and mxfp8 have blocks");
         if (c.format == Format::nvfp4 && c.scale >= Scale::floor) refuse("nvfp4's scale is te, headroom, four_six or po2");
         if (is_mx(c.format) && c.scale < Scale::floor) refuse("an MX format's scale is floor or ceil");
@@ -253,6 +255,10 @@ inline void check_recipe(const Recipe& r) {
         if (c.draws == Draws::before && made_before[i] == operand_count) refuse("it is the first operand of its matrix: there are no draws before");
         if (r.split.trained && matrix_of[i] == matrix_w && !c.split) refuse("split.trained=1 needs W split in both of its GEMMs");
     }
+    return error;
+}
+inline void check_recipe(const Recipe& r) {
+    if (std::string error = recipe_error(r); !error.empty()) fail("%s", error.c_str());
 }
 
 inline bool is_quantised(const Recipe& r) {
@@ -404,7 +410,7 @@ inline bool same_scale(const Recipe& r, Which which, bool nearest) {
     Operand a = r.cell[made_before[which]], b = r.cell[which];
     if (nearest) a.rounding = b.rounding = Rounding::nearest;
     bool alike = a.split == b.split && (!a.split || (a.factors == b.factors && a.residual == b.residual));
-    bool one_rule = is_mx(a.format) == is_mx(b.format) && a.scale == b.scale && scale_rule(a).full == scale_rule(b).full;
+    bool one_rule = is_mx(a.format) == is_mx(b.format) && a.scale == b.scale && a.carrier == b.carrier && scale_rule(a).full == scale_rule(b).full;
     return has_tensor_scale(a) && has_tensor_scale(b) && !a.hadamard && !b.hadamard && alike && one_rule;
 }
 
@@ -415,6 +421,7 @@ struct Prepared {
     bool split = false;
     Mat o = {}, c = {};
     const acc_t* l = nullptr;
+    bool half = false;          // what lies beside the codes is rounded to bf16, as where bf16 units multiply them
 };
 
 // l: the lengths of the columns of t = M B (rows x k), in a fixed order; unit = t / l, which may be t itself. partial: (chunks x k).
@@ -560,7 +567,7 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
     if (matrix_of[which] == matrix_w && lin.splits.factors.u && !cell.split)      // a bf16 row, or another of evaluation's: it knows no factors
         merge_factors(ctx, s.merged, lin, 1), source = mat((const acc_t*)s.merged, cols);
     Prepared p;
-    p.r = source;
+    p.r = source, p.half = !is_float_stored(cell.format);
     if (thin || operand_bytes(cell, source.type, 1) != 0) {
         p.r = {second ? s.b : s.a, operand_type(cell.format), axis == Axis::row ? cols + thin : cols};
         if (!is_quantised(cell.format)) convert(ctx, p.r, source, rows, cols, cell.format == Format::bf16);
@@ -604,7 +611,7 @@ template <class To> void thin_factor(Ctx& ctx, const acc_t* cross, const Prepare
     int64_t o_row = own.o.trans ? 1 : own.o.ld, o_col = own.o.trans ? own.o.ld : 1;
     const float *own_scale = own.o.scale, *other_scale = other.o.scale, *all_own = own.r.scale, *all_other = other.r.scale;
     const acc_t *own_l = own.l, *other_l = other.l;
-    bool has_own = own.split, has_other = other.split, both = has_own && has_other;
+    bool has_own = own.split, has_other = other.split, both = has_own && has_other, half = own.half;
     int own_at = second && both ? k : 0, other_at = !second && both ? k : 0;
     for_rows<split_thin>(ctx, {(double)outer * (both ? 2 : 1) * k * sizeof(To) * 2, 0}, outer, KERNEL(Group<32> g, int64_t r) {
         auto code = [=](int i) { return (acc_t)load((const To*)o + r * o_row + i * o_col); };
@@ -616,7 +623,10 @@ template <class To> void thin_factor(Ctx& ctx, const acc_t* cross, const Prepare
             acc_t v = cross[r * k + j];
             if (second && both)
                 for (int i = 0; i < k; i++) v += code(i) * (mine * own_l[i]) * inner[j * k + i];
-            store(to + r * row + (other_at + j) * col, (float)(v * (other_l[j] * scale) / first / next));
+            bf16 rounded;
+            v = v * (other_l[j] * scale) / first / next;
+            if (half) store(&rounded, (float)v), v = load(&rounded);          // also where a CPU holds bf16 operands as floats
+            store(to + r * row + (other_at + j) * col, (float)v);
         });
     });
 }

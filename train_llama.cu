@@ -121,7 +121,7 @@ static std::vector<Option> option_table(Options& o) {
         {"--out", "DIR", &o.out, here, 0, 0, "none", "folder for log.jsonl and checkpoints; must be empty or new, unless resuming", "Files"},
         {"--save-every", "N", &o.save_every, kept, 0, big, nullptr, "steps between checkpoints (with --out); 0: only at the end", nullptr},
         {"--keep", "N", &o.keep, kept, 1, 1 << 20, nullptr, "checkpoints kept", nullptr},
-        {"--resume", "[DIR]", &o.resume, here, 0, 0, "off", "continue the run in --out (or in DIR, or from the checkpoint DIR)", nullptr},
+        {"--resume", "[DIR]", &o.resume, here, 0, 0, "off", "continue the run in --out (or in DIR, or from the checkpoint DIR, removing later ones)", nullptr},
         {"--dry-run", nullptr, &o.dry_run, here, 0, 0, nullptr, "print memory, FLOPs and disk needed, and exit", nullptr},
         {"--help", nullptr, &o.help, here, 0, 0, nullptr, "this text", nullptr},
     };
@@ -150,7 +150,8 @@ static void set_option(const Option& option, const std::string& text) {
     double v = strtod(text.c_str(), &end);
     if (text.empty() || *end || !is_finite(v) || isspace((unsigned char)text[0])) refuse("not a number");
     char range[96];
-    snprintf(range, sizeof range, "must be between %g and %g", option.low, option.high);
+    bool real = std::holds_alternative<double*>(option.at);
+    snprintf(range, sizeof range, real ? "must be between %g and %g" : "must be between %.0f and %.0f", option.low, option.high);
     if (v < option.low || v > option.high) refuse(range);
     if (auto p = std::get_if<double*>(&option.at)) {
         **p = v;
@@ -212,7 +213,8 @@ static void list_recipes(const std::string& changes) {
         lines.push_back({r.name});
         for (const Operand& c : r.cell) lines.back().push_back(cell_text(c));
         lines.back().push_back(r.last_share > 0 ? "last " + std::to_string((int)std::lround(100 * r.last_share)) + "%" : "");
-        about += "- `" + r.name + "`: " + r.about + "\n";
+        std::string error = recipe_error(r);
+        about += "- `" + r.name + "`: " + (error.empty() ? r.about : "cannot be changed so, " + error) + "\n";
     }
     for (auto& line : lines) {
         for (size_t i = 0; i < lines[0].size(); i++) {
@@ -336,9 +338,17 @@ static Precision resolve_precision(Options& o) {
     p.end = o.bf16_end;
     p.eval_own = !o.eval_recipe.empty();
     p.eval = p.eval_own ? *find_recipe(o.eval_recipe) : p.recipe;
-    if (is_split(p.eval) && !is_split(p.recipe)) fail("--eval-recipe %s needs bases, which a run by --recipe %s does not keep", o.eval_recipe.c_str(), o.recipe.c_str());
+    for (Matrix matrix : {matrix_x, matrix_w}) {                                 // those that fprop multiplies
+        bool wants = false, keeps = false;
+        for (int i = 0; i < operand_count; i++)
+            if (matrix_of[i] == matrix) wants = wants || (i <= fprop_w && p.eval.cell[i].split), keeps = keeps || p.recipe.cell[i].split;
+        if (wants && !keeps) fail("--eval-recipe %s needs bases of %s, which a run by --recipe %s does not keep", o.eval_recipe.c_str(), matrix == matrix_x ? "X" : "W",
+                                  (o.recipe + (o.set.empty() ? "" : " with --set " + o.set)).c_str());
+    }
     if (o.bf16_last < 0) o.bf16_last = (int)std::lround(p.recipe.last_share * o.layers);
     p.first = o.bf16_first, p.last = o.bf16_last;
+    for (auto [name, blocks] : {std::pair<const char*, int>{"--bf16-first", p.first}, {"--bf16-last", p.last}})
+        if (blocks > o.layers) fail("%s %d: the model has %d blocks", name, blocks, o.layers);
     for (size_t at = 0, comma; at < o.bf16_layers.size(); at = comma + 1) {
         comma = std::min(o.bf16_layers.find(',', at), o.bf16_layers.size());
         std::string name = o.bf16_layers.substr(at, comma - at);
@@ -363,7 +373,7 @@ static void check_shapes(const Options& o, const Precision& p, const Config& c) 
     for (auto [name, size] : tokens) check(wgrad_d, name, size);
     int k = split_rank(p.recipe.split, c.dim);
     for (auto [name, size] : widths)
-        if ((is_split(p.recipe) || is_split(p.eval)) && k > size) fail("a split of rank %d needs matrices at least as wide, and %s is %lld: lower split.rank, or widen the model", k, name, (long long)size);
+        if ((is_split(p.recipe) || is_split(p.eval)) && k > size) fail("a split of rank %d needs matrices at least as wide, and %s is %lld: lower %s, or widen the model", k, name, (long long)size, p.recipe.split.k ? "split.k" : "split.rank");
 }
 
 // Peak to min_lr: linear warmup, then the schedule. The step counts from 1.
@@ -401,6 +411,7 @@ static double evaluate(Run& run) {
     std::vector<int> tokens((size_t)o.batch * o.seq), targets((size_t)o.batch * o.seq);
     double total = 0;
     set_recipes(m, Use::evaluate, (double)run.step / o.steps);
+    ctx.step = (uint32_t)run.step, ctx.micro = 0;                                // random signs are those of this step, in the run and of its checkpoint
     for (int64_t i = 0; i < windows; i += o.batch) {
         int B = (int)std::min<int64_t>(o.batch, windows - i);
         for (int b = 0; b < B; b++)
@@ -552,9 +563,11 @@ static void sample(Run& run) {
     std::vector<acc_t> logits(V);
     size_t prompt = ids.size();
     set_recipes(m, Use::evaluate, (double)run.step / o.steps);
+    run.ctx.step = (uint32_t)run.step, run.ctx.micro = 0;
     for (int i = 0; i < o.sample_tokens; i++) {
         size_t first = ids.size() > (size_t)m.T ? ids.size() - m.T : 0, length = ids.size() - first;
-        int T = std::min<int>(m.T, (int)(length + 63) / 64 * 64);               // padding: causal, so it changes nothing
+        // Padding saves plans of matmuls, and attention, being causal, does not see it; but a tensor's scale and its split would.
+        int T = is_quantised(m.precision.eval) ? (int)length : std::min<int>(m.T, (int)(length + 63) / 64 * 64);
         std::vector<int> window(ids.begin() + first, ids.end());
         window.resize(T, 0);
         forward(run.ctx, m, window.data(), 1, T);
@@ -592,11 +605,14 @@ static double available_memory() {
         fclose(f);
     }
     available *= 1024;
-    if (FILE* f = fopen("/sys/fs/cgroup/memory.max", "r")) {
-        double limit;
-        if (fscanf(f, "%lf", &limit) == 1 && limit < available) available = limit;
-        fclose(f);
-    }
+    double group[2] = {NAN, NAN};                                                // a container's limit, and what it has taken of it
+    const char* files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"};
+    for (int i = 0; i < 2; i++)
+        if (FILE* f = fopen(files[i], "r")) {
+            if (fscanf(f, "%lf", &group[i]) != 1) group[i] = NAN;                // "max": none
+            fclose(f);
+        }
+    if (double left = group[0] - group[1]; left < available) available = std::max(left, 0.);
     return available;
 #endif
 }
@@ -825,7 +841,7 @@ static void adopt_options(const std::vector<Option>& table, const std::set<std::
         std::string value = it->get<std::string>();
         bool was_given = given.count(t.name);
         if (was_given && t.lives == Lives::run && value != to_text(t))
-            fail("%s %s contradicts the run to resume, which has %s: leave it away, or start a new run", t.name, to_text(t).c_str(), value.c_str());
+            fail("%s %s contradicts the run to resume, which has %s: leave it away, or start a new run", t.name, to_text(t).c_str(), value.empty() ? "none" : value.c_str());
         if (!was_given) set_option(t, value);
     }
 }
@@ -850,7 +866,9 @@ static void report_precision(const Run& run) {
     const Precision& p = m.precision;
     const Recipe& r = p.recipe;
     int layers = m.config.layers;
-    printf("recipe   | %s%s%s: %s\n", r.name.c_str(), run.o.set.empty() ? "" : " with ", run.o.set.c_str(), r.about.c_str());
+    if (run.o.set.empty()) printf("recipe   | %s: %s\n", r.name.c_str(), r.about.c_str());
+    else printf("recipe   | %s with %s\n", r.name.c_str(), run.o.set.c_str());
+    if (is_split(r)) printf("         | split: rank %d of a width of %d (%.1f%%)\n", m.k, m.config.dim, 100. * m.k / m.config.dim);
     if (!is_quantised(r)) return;
     const char* gemms[] = {"fprop", "dgrad", "wgrad"};
     for (int g = 0; g < 3; g++) {
@@ -1025,12 +1043,14 @@ int main(int argc, char** argv) {
         checkpoint = find_run(o, state, training && !o.dry_run && !o.profile);
         adopt_options(table, given, state["options"]);
         if (!checkpoint.empty()) run.step = checkpoint_step(checkpoint);
+        else if (!training) fail("%s has no checkpoint yet: there is nothing to %s", o.out.c_str(), o.eval_only ? "evaluate" : "sample");
     }
     if (!resuming && !training && !given.count("--recipe")) o.recipe = "bf16";   // weights alone have no bases
     check_options(o, given);
     if (o.profile && o.steps - run.step < 2)
         fail("nothing to profile: the first step only warms up, and --steps %lld leaves %lld; %s", (long long)o.steps, (long long)(o.steps - run.step),
              resuming ? "resume an older checkpoint, or profile a new run" : "raise --steps");
+    if (o.threads > std::max(64, 4 * omp_get_num_procs())) fail("--threads %d: this machine has %d cores; leave it away", o.threads, omp_get_num_procs());
     ctx.threads = o.threads ? o.threads : on_gpu ? 1 : omp_get_num_procs();
     ctx.seed = (uint64_t)o.seed;
 #ifdef __CUDACC__
@@ -1113,10 +1133,16 @@ int main(int argc, char** argv) {
 
     report(run, checkpoint);
     if (o.sample_only) return sample(run), 0;
-    if (o.eval_only) return print_evaluation(run), 0;
+    if (o.eval_only) {
+        if (!is_finite(print_evaluation(run))) fail("the loss is not finite: the weights are damaged, or the recipe does not carry them");
+        return 0;
+    }
     FILE* log = nullptr;
     if (!o.out.empty() && !o.profile) {
-        if (resuming) remove_leftovers(o.out), remove_checkpoints_after(o.out, run.step);
+        if (resuming) {
+            remove_leftovers(o.out);
+            for (const std::string& dir : remove_checkpoints_after(o.out, run.step)) printf("resume   | removed %s: this run goes on from step %lld\n", dir.c_str(), (long long)run.step);
+        }
         log = open_log(run);
     }
     if (run.step >= o.steps) printf("the run has already done its %lld steps\n", (long long)o.steps);

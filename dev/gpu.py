@@ -85,7 +85,7 @@ def steps():
         base = None
         for recipe in recipes:
             if left() < 60: return row(name, recipe, "no time left")
-            status, text = shell("steps", f"./train_llama --data {o.data} {options} --recipe {recipe} --steps 12 --eval-every 0 --eval-batches 1 --sample-tokens 0 --recompute norms", 120)
+            status, text = shell("steps", f"{folder}/train_llama --data {o.data} {options} --recipe {recipe} --steps 12 --eval-every 0 --eval-batches 1 --sample-tokens 0 --recompute norms", 120)
             seen = re.findall(r"\| (\d+) ms \| (\d+) tok/s \| (\S+) of peak", text)[3:]
             if not seen: row(name, recipe, f"failed ({status})"); continue
             ms, rate = statistics.median(int(s[0]) for s in seen), statistics.median(int(s[1]) for s in seen)
@@ -94,14 +94,14 @@ def steps():
 
 def profile():
     for recipe in "bf16", "nvfp4", "metis":
-        status, text = shell("profile", f"./train_llama --data {o.data} --model llama3.2-1b --vocab 8192 --recipe {recipe} --steps 12 --profile 6 --recompute norms", 90)
+        status, text = shell("profile", f"{folder}/train_llama --data {o.data} --model llama3.2-1b --vocab 8192 --recipe {recipe} --steps 12 --profile 6 --recompute norms", 90)
         found = re.search(r"profile of.*", text)
         row("profile", recipe, found[0] if found else f"failed ({status})")
 
 def train():
     seconds = left() / 4
     for recipe in "bf16", "nvfp4-sr", "metis":
-        status, text = shell("train", f"./train_llama --data {o.data} --model 125m --recipe {recipe} --steps 400 --eval-every 100 --sample-tokens 0 --shadow-every 100", seconds)
+        status, text = shell("train", f"{folder}/train_llama --data {o.data} --model 125m --recipe {recipe} --steps 400 --eval-every 100 --sample-tokens 0 --shadow-every 100", seconds)
         losses = re.findall(r"eval (\d+)/\d+ \| val loss (\S+)", text)
         shadows = re.findall(r"gradient error (\S+),", text)
         row("125m, 400 steps", recipe, f"val loss {losses[-1][1]} after {losses[-1][0]} steps" if losses else f"failed ({status})", f"gradient error {shadows[-1]}" if shadows else "")

@@ -3,10 +3,14 @@
 
     python3 dev/readme.py build/cpu/train_llama          rewrites README.md
 """
-import re, subprocess, sys
+import os, re, subprocess, sys
+
+if len(sys.argv) != 2: sys.exit(__doc__)
+program = os.path.abspath(sys.argv[1])
+os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 def says(option):
-    return subprocess.run([sys.argv[1], option], capture_output=True, text=True, check=True).stdout.rstrip("\n")
+    return subprocess.run([program, option], capture_output=True, text=True, check=True).stdout.rstrip("\n")
 
 with open("README.md") as f: text = f.read()
 text = re.sub(r"(<!-- help -->\n```\n).*?(\n```\n<!-- /help -->)", lambda m: m[1] + says("--help") + m[2], text, flags=re.S)

@@ -62,7 +62,8 @@ MUTATIONS = [
     ("carrier: nothing is ever lost", "fp4.cuh", "(held != q ? 1.f : 0.f)", "0.f"),
     ("carrier: one MX rule for all tensor scales", "fp4.cuh", "int e = (int)(ceil ? e8m0_ceil(amax, e2m1) : e8m0_floor(amax, e2m1))", "int e = (int)e8m0_ceil(amax, e2m1)"),
     ("carrier: packed in blocks of 32", "fp4.cuh", "has_scale_bytes(c) ? block_length(c.format) : 16", "block_length(c.format)"),
-    ("carrier: tensor scales taken over between MX rules", "metis.cuh", " && a.scale == b.scale && scale_rule(a)", " && scale_rule(a)"),
+    ("carrier: tensor scales taken over between MX rules", "metis.cuh", "a.scale == b.scale && a.carrier", "a.carrier"),
+    ("carrier: tensor scales taken over between carriers", "metis.cuh", " && a.carrier == b.carrier && scale_rule(a)", " && scale_rule(a)"),
     # Hadamard
     ("Hadamard: one fixed sign", "fp4.cuh", "const uint32_t fixed = 0xd7e8;", "const uint32_t fixed = 0xd7ec;"),
     ("Hadamard: random signs read backwards", "fp4.cuh", "random.w[i / 32] >> (i & 31)", "random.w[i / 32] >> (31 - (i & 31))"),
@@ -154,8 +155,9 @@ SPLIT_MUTATIONS = [
     # the product
     ("product: no term of both low-rank parts", "metis.cuh", "v += code(i) * (mine * own_l[i]) * inner[j * k + i];", ";"),
     ("product: inner transposed", "metis.cuh", "inner[j * k + i]", "inner[i * k + j]"),
-    ("product: without the other factor's scale", "metis.cuh", "(float)(v * (other_l[j] * scale) /", "(float)(v * other_l[j] /"),
-    ("product: thin factors under the residuals' scales", "metis.cuh", "(float)(v * (other_l[j] * scale) / first / next)", "(float)(v * (other_l[j] * scale))"),
+    ("product: without the other factor's scale", "metis.cuh", "v = v * (other_l[j] * scale) /", "v = v * other_l[j] /"),
+    ("product: thin factors under the residuals' scales", "metis.cuh", "v = v * (other_l[j] * scale) / first / next;", "v = v * (other_l[j] * scale);"),
+    ("product: thin factors not rounded to bf16", "metis.cuh", "if (half) store(&rounded", "if (false) store(&rounded"),
     ("product: halves of a thin factor exchanged", "metis.cuh", "own_at = second && both ? k : 0, other_at = !second && both ? k : 0", "own_at = both ? k : 0, other_at = 0"),
 ]
 

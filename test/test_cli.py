@@ -593,6 +593,17 @@ def resume_conflicts():
             assert not os.path.exists("nowhere"), "it made the folder"
 
 
+    with case("a run killed before its first checkpoint has nothing to evaluate or sample"):
+        os.makedirs("young", exist_ok=True)
+        shutil.copy(f"{out}/log.jsonl", "young/log.jsonl")
+        for only in ("--eval-only", "--sample-only"):
+            assert "no checkpoint yet" in run({"--resume": "young", only: True}, status=2).err
+    with case("resuming an older checkpoint says what it removes"):
+        run({**SMALL, "--steps": 3, "--save-every": 1, "--keep": 3, "--out": "steps"})
+        said = run({"--resume": "steps/step_00000001"}).out
+        assert all(f"removed steps/step_{n:08}" in said for n in (2, 3)), said
+
+
 def resume_while_running():
     """One process at a time trains in a folder. The first one is stopped in the middle of it, so that nothing changes by itself."""
     out = "busy"
@@ -798,6 +809,7 @@ def refuse_options():
         refuse(name, given if isinstance(given, list) else given.split(), word)
     for name, change, word in (
             ("--eval-only with --sample-only", "--eval-only --sample-only", "--eval-only contradicts --sample-only"),
+            ("more threads than make sense", "--threads 4000", "cores"),
             ("--eval-only without weights", "--eval-only", "--resume"), ("--sample-only without weights", "--sample-only", "--resume"),
             ("--save-every without --out", "--save-every 5", "--out"), ("--keep without --out", "--keep 5", "--out"),
             ("an unknown --recipe", "--recipe fp5", "--list-recipes"), ("an unknown --schedule", "--schedule linear", "cosine"),
@@ -1137,6 +1149,12 @@ def evaluation():
         with untouched("talk"):
             one, two = (text_of(run({"--resume": "talk", "--sample-only": True}).out) for _ in range(2))
         assert one == two == trained, f"{one!r} {two!r} {trained!r}"
+    with case("--sample-only by a quantised recipe does not depend on --seq: nothing is padded"):
+        last = max(name for name in os.listdir("talk") if name.startswith("step_"))
+        def likely(prompt, seq): return text_of(run({"--model": f"talk/{last}", "--data": "text.txt", "--sample-only": True, "--recipe": "nvfp4", "--temperature": 0,
+                                                     "--prompt": prompt, "--seq": seq, "--sample-tokens": 6}).out)
+        for prompt in ("once upon", "a", "the cat sat on", "who?"):
+            assert likely(prompt, 20) == likely(prompt, 64), prompt
     with untouched("talk"):
         say = lambda change: text_of(run({"--resume": "talk", "--sample-only": True, "--sample-tokens": 12, **change}).out)
         with case("--sample-only: a prompt is kept, also one longer than --seq"):

@@ -319,10 +319,10 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
 //     R_p R_q^T                   (K + 2) u of |R_p||R_q|, and alpha's three roundings
 //     O_p (L_p C_p Q^^T)          store_u of the thin factor, (K + 2k + 8) u of all magnitudes in it; then 2k + 2 additions
 //     (R_p C_q L_q) O_q^T         the same
-// where a thin factor is stored in the operands' type: bf16 (2^-8) where that is what the machine multiplies.
+// where a thin factor is rounded to bf16 (2^-8), but of e2m1, which is float all over.
 static void check_product(Run& r, const Dense& got, const double* before, double out_u, const Parts& p, const Parts& q, Operand cell, const char* what) {
     const int64_t K = p.r.v.cols, m = p.r.v.rows, n = q.r.v.rows, k = std::max(p.c.v.rows, q.c.v.rows);
-    const double pu = on_gpu && operand_type(cell.format) == Type::bf16 ? 8 * u : u, thin_u = operand_type(cell.format) == Type::bf16 ? 0x1p-8 : u;
+    const double pu = on_gpu && operand_type(cell.format) == Type::bf16 ? 8 * u : u, thin_u = is_float_stored(cell.format) ? u : 0x1p-8;
     auto part = [&](const Dense& full, const Dense& c, const std::vector<double>& l) {      // full C^T L
         Dense t = products(full, c);
         for (int64_t i = 0; i < t.rows; i++)
@@ -376,6 +376,12 @@ static void test_layer(Run& r, const Ablation& a, Shape shape, Kind kind, bool s
         if (gemm == 2) product(r.ctx, t.s, "test", t.dw.p, n, P, Q, m, n, K, 1, (int)t.k);
         else product(r.ctx, t.s, "test", gemm == 0 ? t.y.p : t.dx.p, n, P, Q, m, n, K, 0, (int)t.k);
         Dense got(m, n, gemm == 0 ? t.y.fetch().values() : gemm == 1 ? t.dx.fetch().values() : t.dw.fetch().values());
+        auto bf16_all_over = [&](const Prepared& side, int64_t outer) {       // thin factors behind the residuals, too, whatever type holds them
+            int64_t odd = 0;
+            for (double v : read(r, side.r, outer, K + thin_columns(recipe, Which(2 * gemm), (int)t.k)).v.v) odd += v != as_bf16(v);
+            r.verdict.note(odd == 0, "%ld elements of an operand are no bf16 numbers", (long)odd);
+        };
+        if (!is_float_stored(recipe.cell[2 * gemm].format) && (P.split || Q.split)) bf16_all_over(P, m), bf16_all_over(Q, n);
         if (r.compare) check_product(r, got, gemm == 2 ? before.data() : nullptr, gemm == 2 ? u : act_u, p, q, recipe.cell[2 * gemm], gemm == 0 ? "Y" : gemm == 1 ? "dX" : "dW");
     }
     Layer whole(r, recipe, shape, kind, shared);
