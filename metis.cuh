@@ -104,7 +104,7 @@ inline const std::vector<Recipe>& recipes() {
                           {fs,   fs_sq,   fs_sr, fs_sq,  fs_sr_h, fs_h}, 1. / 6},
         {"metis-code",    "what Metis' published code does: D alone split, 64 directions at every call, float scales, one quantisation for two GEMMs",
                           {mc,   mc,      mc_d,  mc_w,   mc_d2,   mc_x}, 0, {0, 100, 0, 0, 0, 0, 1, 64}},
-        {"metis",         "X, W and D split into 1.5% of their directions and a residual, each NVFP4; residuals of D stochastic",
+        {"metis",         "X, W and D split: a part of rank 1.5% of the width, at least 16, and a residual, each NVFP4; residuals of D stochastic",
                           {ms,   ms,      ms_sr, ms,     ms_sr,   ms}},
     };
     return table;
