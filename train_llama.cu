@@ -1109,7 +1109,8 @@ int main(int argc, char** argv) {
     }
     if (needed > available_memory()) {
         print_memory(run, training, stderr);
-        fail("this run does not fit: lower --batch (and raise --accum), shorten --seq, or use --recompute block%s", training && o.moments == "f32" ? " or --moments bf16" : "");
+        fail("this run does not fit: lower --batch (and raise --accum), shorten --seq, or use --recompute block%s",
+             training && o.moments == "f32" ? " or --moments bf16" : "");
     }
     if (resuming && training && state.contains("data") && state["data"] != std::to_string(run.train_data.fingerprint()))
         fail("%s is not the data this run was trained on: put the original back, or start a new run", o.data.c_str());
