@@ -11,7 +11,7 @@
 //     step_00000100/              a checkpoint: the state after 100 optimiser steps
 //         config.json             the model, as transformers' LlamaForCausalLM reads it
 //         model.safetensors       float32 weights under their Hugging Face names
-//         optimizer.safetensors   the same names + .exp_avg and .exp_avg_sq (AdamW's m and v)
+//         optimizer.safetensors   the same names + .exp_avg and .exp_avg_sq (AdamW's m and v), as they are kept: float32 or bfloat16
 //         bases.safetensors       of recipes with a split: what they keep from step to step
 //         factors.safetensors     of trained factors: W_R, U, s and V, whose merged W is in model.safetensors
 //         state.json              whatever else a resumed run needs, and every other file's size and checksum; written last
@@ -306,9 +306,9 @@ template <class F> void for_parts(const std::vector<Tensor>& tensors, F f) {
     }
 }
 
-// Reads each tensor of the table, under its Hugging Face name + suffix, into each of `arenas`. Missing tensors, wrong shapes and
-// tensors that the model has no place for fail before a sink is called.
-inline void load_tensors(const WeightFiles& from, const std::vector<Tensor>& tensors, const Arenas<FloatSink>& arenas) {
+// Reads each tensor of the table, under its Hugging Face name + suffix, into each of `arenas`. Missing tensors, wrong shapes, tensors
+// of another type than `dtype` ("": any that holds floats) and tensors that the model has no place for fail before a sink is called.
+inline void load_tensors(const WeightFiles& from, const std::vector<Tensor>& tensors, const Arenas<FloatSink>& arenas, const std::string& dtype = "") {
     struct Load { const StoredTensor* stored; size_t offset; const FloatSink* sink; };
     std::vector<Load> loads;
     std::set<std::string> wanted;
@@ -319,6 +319,7 @@ inline void load_tensors(const WeightFiles& from, const std::vector<Tensor>& ten
             if (!stored) fail("%s lacks the tensor %s", from.path.c_str(), name.c_str());
             if (stored->shape != shape)
                 stored->refuse("is " + shape_text(stored->shape) + ", the model wants " + shape_text(shape));
+            if (!dtype.empty() && stored->dtype != dtype) stored->refuse("is " + stored->dtype + ", this run keeps it as " + dtype);
             wanted.insert(name);
             loads.push_back({stored, offset, &arena.second});
         });
@@ -407,20 +408,21 @@ inline void write_file_atomically(const std::string& path, const std::string& te
     }
 }
 
-struct TensorEntry {               // a tensor to write, float32
+struct TensorEntry {               // a tensor to write
     std::string name;
     std::vector<int64_t> shape;
     FloatSource source;            // counts from the tensor's first element
+    std::string dtype = "F32";     // or BF16, of a source whose floats are bf16 values: their upper halves are written
 };
 struct Written { uint64_t bytes; Checksum sum; };
 
 // The table's tensors as entries of a file, under their Hugging Face names + suffix: what load_tensors reads back.
-inline std::vector<TensorEntry> tensor_entries(const std::vector<Tensor>& tensors, const Arenas<FloatSource>& arenas) {
+inline std::vector<TensorEntry> tensor_entries(const std::vector<Tensor>& tensors, const Arenas<FloatSource>& arenas, const std::string& dtype = "F32") {
     std::vector<TensorEntry> entries;
     for (const auto& arena : arenas)
         for_parts(tensors, [&](const std::string& part, const std::vector<int64_t>& shape, size_t offset) {
             auto shifted = [offset, source = arena.second](size_t first, size_t count) { return source(offset + first, count); };
-            entries.push_back({part + arena.first, shape, shifted});
+            entries.push_back({part + arena.first, shape, shifted, dtype});
         });
     return entries;
 }
@@ -434,18 +436,26 @@ inline void write_safetensors(FileWriter& out, const std::vector<TensorEntry>& e
     uint64_t end = 0;
     for (const TensorEntry& e : entries) {
         uint64_t begin = end;
-        end += count(e) * sizeof(float);
-        header[e.name] = {{"dtype", "F32"}, {"shape", e.shape}, {"data_offsets", {begin, end}}};
+        end += count(e) * dtype_bytes(e.dtype);
+        header[e.name] = {{"dtype", e.dtype}, {"shape", e.shape}, {"data_offsets", {begin, end}}};
     }
     std::string text = header.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
     text.resize((text.size() + 7) / 8 * 8, ' ');   // so that the data is aligned for whoever maps it
     uint64_t length = text.size();
     out.write(&length, 8);
     out.write(text);
+    std::vector<uint16_t> half;
     for (const TensorEntry& e : entries)
         for (size_t first = 0, n = count(e); first < n && out.error.empty(); first += tensor_piece) {
             size_t m = std::min(tensor_piece, n - first);
-            out.write(e.source(first, m), m * sizeof(float));
+            const float* values = e.source(first, m);
+            if (e.dtype == "F32") {
+                out.write(values, m * sizeof(float));
+                continue;
+            }
+            half.resize(m);
+            for (size_t i = 0; i < m; i++) memcpy(&half[i], (const char*)&values[i] + 2, 2);
+            out.write(half.data(), m * sizeof(uint16_t));
         }
 }
 

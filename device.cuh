@@ -21,6 +21,7 @@
 #include <functional>   // std::function
 #include <memory>       // std::shared_ptr
 #include <string>       // std::string
+#include <type_traits>  // std::conditional_t
 #include <vector>       // std::vector
 #include <omp.h>        // omp_get_thread_num, omp_get_num_procs
 #ifdef __CUDACC__
@@ -63,6 +64,7 @@ HD float float_of(uint32_t u) {
 }
 HD float  load(const float* p)  { return *p; }
 HD double load(const double* p) { return *p; }
+HD uint32_t load(const uint32_t* p) { return *p; }         // random words, which a kernel wants as they are
 HD float  load(const bf16* p)   { return float_of((uint32_t)p->bits << 16); }
 HD void store(float* p, float v)   { *p = v; }
 HD void store(double* p, double v) { *p = v; }
@@ -70,6 +72,13 @@ HD void store(bf16* p, float v) {          // round to nearest even; a NaN keeps
     uint32_t u = bits_of(v);
     uint32_t nan = (u & 0x7fffffff) > 0x7f800000;
     p->bits = (uint16_t)(nan ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// v rounded to bf16, up with the probability of what is cut off, given 16 random bits: the mean over r is v itself. What has no larger
+// finite neighbour is cut, a NaN keeps its sign and becomes quiet.
+HD float stochastic_bf16(float v, uint32_t r) {
+    uint32_t u = bits_of(v), a = u & 0x7fffffff;
+    return float_of(((u + (a < 0x7f7f0000 ? r : 0)) & 0xffff0000u) | (a > 0x7f800000 ? 0x400000 : 0));
 }
 
 // v as an act_t would hold it, so that a kernel can go on with what it stores.
@@ -141,7 +150,7 @@ HD void sincos_(float x, float* sine, float* cosine) {
 // Random numbers: Philox4x32-10 (Salmon et al., SC'11), counter-based. A draw is named by what it is for, never by who draws it,
 // so threads, order, recomputation and resuming cannot change it.
 
-enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6, rows = 7, sketch = 8 };
+enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6, rows = 7, sketch = 8, moments = 9 };
 
 struct RandomKey {
     uint64_t seed;
@@ -303,7 +312,8 @@ inline void set_zero(Ctx& ctx, void* p, size_t n) {
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Group: a row's worth of lanes. Arguments of map/sum/max after the function are rows of `n` contiguous elements:
-// const T* is read, T* is read and written, out(T*) is only written. The function sees acc_t's; sum's may write, too.
+// const T* is read, T* is read and written, out(T*) is only written. The function sees acc_t's (random words, const uint32_t*, as they are);
+// sum's may write, too.
 
 template <class T> struct Out { T* p; };
 template <class T> HD Out<T> out(T* p) { return {p}; }
@@ -318,10 +328,11 @@ template <class T> struct Slot {                                 // T*: read and
     HD ~Slot() { store(p, v); }
     HD acc_t& get() { return v; }
 };
+template <class T> using element = std::conditional_t<std::is_same_v<T, uint32_t>, uint32_t, acc_t>;
 template <class T> struct Slot<const T> {
-    acc_t v;
+    element<T> v;
     HD Slot(const T* row, int i) : v(load(row + i)) {}
-    HD acc_t get() { return v; }
+    HD element<T> get() { return v; }
 };
 template <class T> struct Slot<Out<T>> {
     acc_t v;
@@ -351,7 +362,7 @@ template <class V, class Op> HD float tree16(V value, Op op) {
 #ifdef __CUDACC__
 // 16 bytes at a time: V elements of every argument sit in registers, then the function runs V times.
 template <class T, int V> struct alignas(16) Packet { T v[V]; };
-template <class T, int V> __device__ void load_packet(acc_t* to, const T* from) {
+template <class T, int V> __device__ void load_packet(element<T>* to, const T* from) {
     constexpr int n = 16 / sizeof(T);
     for (int k = 0; k < V; k += n) {
         Packet<T, n> q = *(const Packet<T, n>*)(from + k);
@@ -377,9 +388,9 @@ template <class T, int V> struct Lanes<T*, V> {
     __device__ acc_t& get(int j) { return v[j]; }
 };
 template <class T, int V> struct Lanes<const T*, V> {
-    acc_t v[V];
+    element<T> v[V];
     __device__ Lanes(const T* row, int i) { load_packet<T, V>(v, row + i); }
-    __device__ acc_t get(int j) { return v[j]; }
+    __device__ element<T> get(int j) { return v[j]; }
 };
 template <class T, int V> struct Lanes<Out<T>, V> {
     acc_t v[V];

@@ -429,16 +429,45 @@ struct AdamW {
     acc_t correction1, correction2;            // 1 - beta^t
 };
 
-// AdamW with decoupled decay (arXiv 1711.05101, algorithm 2), in the order of operations of torch.optim.AdamW.
-inline void adamw_step(Ctx& ctx, acc_t* w, acc_t* m, acc_t* v, const acc_t* grad, int64_t n, AdamW o) {
+// What a moment becomes when it is stored as an S, given 16 random bits.
+template <class S> HD acc_t as_moment(acc_t x, uint32_t r) { return std::is_same_v<S, bf16> ? (acc_t)stochastic_bf16((float)x, r) : x; }
+
+// What a piece of a chunk draws: an element's low 16 bits are m's, its high ones v's. Moments that are not rounded draw nothing.
+template <class S> struct MomentDraws {
+    static constexpr bool rounds = std::is_same_v<S, bf16>;
+    static constexpr int piece = rounds ? 2048 : (int)chunk;                 // 8 KB, so that they stay near the lanes
+    alignas(16) uint32_t random[rounds ? piece : 1];
+};
+
+// AdamW with decoupled decay (arXiv 1711.05101, algorithm 2), in the order of operations of torch.optim.AdamW. m and v are acc_t, or
+// bf16 rounded stochastically: to nearest, v would stand still wherever (1 - beta2) (g^2 / v - 1) is under half a bf16 step, 2^-9. The weights move
+// by what m and v are before that. `id` names the tensor in its draws: those of element i are word i / 16 % 4 of block i / 64 * 16 + i % 16.
+template <class S> void adamw_step(Ctx& ctx, acc_t* w, S* m, S* v, const acc_t* grad, int64_t n, AdamW o, uint32_t id) {
+    typedef MomentDraws<S> Draws;
     acc_t step = o.lr / o.correction1, root = 1 / std::sqrt(o.correction2), keep = 1 - o.lr * o.decay;
-    for_rows<adamw, 256>(ctx, {n * sizeof(acc_t) * 7., n * 12.}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
-        g.map((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [=](acc_t& wi, acc_t& mi, acc_t& vi, acc_t gi) {
+    RandomKey key = {ctx.seed, ctx.step, 0, id, 0, Purpose::moments};
+    for_tiles<adamw, Draws>(ctx, {n * (sizeof(acc_t) * 3. + sizeof(S) * 4.), n * 12.}, chunks_of(n), KERNEL(Group<256> g, int64_t r, Draws& s) {
+        auto update = [=](acc_t& wi, acc_t& mi, acc_t& vi, acc_t gi, uint32_t random = 0) {
             gi *= o.clip;
             mi = o.beta1 * mi + (1 - o.beta1) * gi;
             vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;
             wi = wi * keep - step * mi / (std::sqrt(vi) * root + o.eps);
-        }, w + r * chunk, m + r * chunk, v + r * chunk, grad + r * chunk);
+            mi = as_moment<S>(mi, random & 0xffff), vi = as_moment<S>(vi, random >> 16);
+        };
+        int64_t end = n < (r + 1) * chunk ? n : (r + 1) * chunk;
+        for (int64_t i = r * chunk; i < end; i += Draws::piece) {
+            int size = (int)(end - i < Draws::piece ? end - i : Draws::piece);
+            auto rows = [&](auto... random) { g.map(size, update, w + i, m + i, v + i, grad + i, random...); };
+            if (Draws::rounds) {
+                g.sync();                                                     // the piece before has read its draws
+                g.draw16((size + 63) / 64, key, [=](int k) { return (uint64_t)(i / 4 + 16 * k); }, [&](int k, int lane, Words words) {
+                    for (int q = 0; q < 4; q++) s.random[64 * k + 16 * q + lane] = words.w[q];
+                });
+                g.sync();
+            }
+            if constexpr (Draws::rounds) rows((const uint32_t*)s.random);
+            else rows();
+        }
     });
 }
 
@@ -528,7 +557,9 @@ struct Model {
     int B = 0, T = 0;                                        // the largest batch and length that activations have room for
     Recompute recompute = Recompute::none;
 
-    acc_t *params = nullptr, *grads = nullptr, *m = nullptr, *v = nullptr;
+    acc_t *params = nullptr, *grads = nullptr;
+    void *m = nullptr, *v = nullptr;                         // AdamW's, as `moments` says: acc_t or bf16
+    Type moments = type_of<acc_t>();
     acc_t* shadow = nullptr;                                 // a second gradient arena, if shadow steps are asked for
     bool shadows = false;
     bool training = false;                                   // bases are refreshed
@@ -573,8 +604,7 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     m.grads = train ? state.take<acc_t>(m.arena) : nullptr;
     m.shadow = train && m.shadows ? state.take<acc_t>(m.arena) : nullptr;
     plan.gradients = state.used - plan.parameters;
-    m.m = train ? state.take<acc_t>(m.arena) : nullptr;
-    m.v = train ? state.take<acc_t>(m.arena) : nullptr;
+    for (void** moment : {&m.m, &m.v}) *moment = train ? state.take<char>(m.arena * size_of(m.moments)) : nullptr;
     m.basis = m.k ? state.take<acc_t>(arena_size(m.bases)) : nullptr;
     plan.optimiser = state.used - plan.parameters - plan.gradients;
 
@@ -674,9 +704,10 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     return plan;
 }
 
-// The model's shape and memory plan, nothing allocated. `shadows`: room for a second gradient.
-inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute recompute, const Precision& precision, bool train, bool shadows = false) {
-    m.config = c, m.B = B, m.T = T, m.recompute = recompute, m.precision = precision, m.shadows = shadows;
+// The model's shape and memory plan, nothing allocated. `shadows`: room for a second gradient. `moments`: AdamW's, acc_t or bf16.
+inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute recompute, const Precision& precision, bool train, bool shadows = false,
+                          Type moments = type_of<acc_t>()) {
+    m.config = c, m.B = B, m.T = T, m.recompute = recompute, m.precision = precision, m.shadows = shadows, m.moments = moments;
     m.tensors = tensor_table(c);
     m.k = is_split(precision.recipe) || is_split(precision.eval) ? split_rank(precision.recipe.split, c.dim) : 0;
     m.factors = factor_table(m.tensors, precision, c.layers, m.k);
@@ -855,6 +886,17 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     to_device(ctx, m.bucket_start, buckets.start.data(), buckets.start.size() * sizeof(int));
     to_device(ctx, m.bucket_order, buckets.order.data(), buckets.order.size() * sizeof(int));
     embed_backward(ctx, m.embed_grad, m.dx, m.bucket_token, m.bucket_start, m.bucket_order, (int64_t)buckets.token.size(), N, c.dim);
+}
+
+// AdamW on trained tensor i; `o` but for its decay.
+inline void adamw_step(Ctx& ctx, Model& m, size_t i, AdamW o, acc_t decay) {
+    const Tensor& t = m.trained[i];
+    o.decay = t.decay ? decay : 0;
+    auto move = [&](auto* first, auto* second) {
+        adamw_step(ctx, m.params + t.offset, first + t.offset, second + t.offset, m.grads + t.offset, (int64_t)t.size(), o, (uint32_t)i);
+    };
+    if (m.moments == Type::bf16) move((bf16*)m.m, (bf16*)m.v);
+    else move((acc_t*)m.m, (acc_t*)m.v);
 }
 
 // Model FLOPs of one training token, PaLM's count (arXiv 2204.02311, appendix B) with the causal half of attention: 6 per weight

@@ -37,6 +37,7 @@ struct Options {
     int64_t warmup = -1;
     std::string schedule = "cosine";
     double clip = 1, decay = 0.1;
+    std::string moments = "f32";
     int64_t seed = 1;
     int threads = 0;
     int64_t eval_every = 250;
@@ -104,6 +105,7 @@ static std::vector<Option> option_table(Options& o) {
         {"--schedule", "NAME", &o.schedule, run, 0, 0, nullptr, "after warmup: cosine, wsd (linear over the last 20%) or constant", nullptr},
         {"--clip", "X", &o.clip, run, 0, 1e9, nullptr, "largest norm of the gradient; 0: no clipping", nullptr},
         {"--decay", "X", &o.decay, run, 0, 1e3, nullptr, "AdamW's weight decay, on matrices only", nullptr},
+        {"--moments", "TYPE", &o.moments, run, 0, 0, nullptr, "AdamW's m and v: f32, or bf16, rounded stochastically, in half the memory", nullptr},
         {"--seed", "N", &o.seed, run, 0, big, nullptr, "of initialisation, data order and rounding", nullptr},
         {"--threads", "N", &o.threads, here, 1, 4096, "all cores", "CPU threads; results do not depend on it", nullptr},
         {"--recompute", "WHAT", &o.recompute, kept, 0, 0, nullptr, "activations computed again in backward: none, norms (and SwiGLU) or block; same results", nullptr},
@@ -303,6 +305,7 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
         fail("%s %s is not one of: %s", name, printable(value).c_str(), all.c_str());
     };
     one_of("--schedule", o.schedule, {"cosine", "wsd", "constant"});
+    one_of("--moments", o.moments, {"f32", "bf16"});
     one_of("--recompute", o.recompute, {"none", "norms", "block"});
     one_of("--bf16-end-gemms", o.bf16_end_gemms, {"fprop", "all"});
     for (const char* name : {"--recipe", "--eval-recipe"}) {
@@ -526,10 +529,7 @@ static StepResult train_step(Run& run, double lr) {
     double t = (double)(run.step + 1);
     AdamW adam = {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, (acc_t)(1 - std::pow(0.9, t)), (acc_t)(1 - std::pow(0.95, t))};
     if (o.clip > 0) adam.clip = std::min<acc_t>(1, (acc_t)(o.clip / (r.norm + 1e-6)));
-    for (const Tensor& tensor : m.trained) {
-        adam.decay = tensor.decay ? (acc_t)o.decay : 0;
-        adamw_step(ctx, m.params + tensor.offset, m.m + tensor.offset, m.v + tensor.offset, m.grads + tensor.offset, (int64_t)tensor.size(), adam);
-    }
+    for (size_t i = 0; i < m.trained.size(); i++) adamw_step(ctx, m, i, adam, (acc_t)o.decay);
     return r;
 }
 
@@ -625,7 +625,8 @@ static double overhead_bytes(const Run& run, int T) {
 
 static double planned_bytes(const Run& run, int B, bool train) {
     Model m;
-    MemoryPlan p = measure(m, run.model.config, B, run.o.seq, run.model.recompute, run.model.precision, train, run.model.shadows);
+    MemoryPlan p = measure(m, run.model.config, B, run.o.seq, run.model.recompute, run.model.precision, train, run.model.shadows,
+                           run.model.moments);
     return p.total() + overhead_bytes(run, run.o.seq);
 }
 
@@ -710,6 +711,9 @@ static nlohmann::ordered_json saved_options(Options& o) {
     return j;
 }
 
+// As safetensors calls it.
+static const char* stored_type(Type moments) { return moments == Type::bf16 ? "BF16" : "F32"; }
+
 static void save(Run& run, FILE* log) {
     Model& m = run.model;
     fsync(fileno(log));                                                          // a checkpoint never outlives the log of its steps
@@ -719,6 +723,17 @@ static void save(Run& run, FILE* log) {
             if (!on_gpu) return (const float*)(arena + first);
             buffer.resize(count);
             to_host(run.ctx, buffer.data(), arena + first, count * sizeof(float));
+            return (const float*)buffer.data();
+        };
+    };
+    bool half = m.moments == Type::bf16;
+    std::vector<bf16> stored;
+    auto moment = [&](const void* arena) -> FloatSource {
+        if (!half) return source((const acc_t*)arena);
+        return [&, arena](size_t first, size_t count) {
+            stored.resize(count), buffer.resize(count);
+            to_host(run.ctx, stored.data(), (const bf16*)arena + first, count * sizeof(bf16));
+            for (size_t i = 0; i < count; i++) buffer[i] = load(&stored[i]);
             return (const float*)buffer.data();
         };
     };
@@ -735,7 +750,7 @@ static void save(Run& run, FILE* log) {
         {"data", std::to_string(run.train_data.fingerprint())}};
     std::vector<CheckpointFile> files = {
         {"model.safetensors", tensor_entries(m.tensors, {{"", weights}})},
-        {"optimizer.safetensors", tensor_entries(m.trained, {{".exp_avg", source(m.m)}, {".exp_avg_sq", source(m.v)}})}};
+        {"optimizer.safetensors", tensor_entries(m.trained, {{".exp_avg", moment(m.m)}, {".exp_avg_sq", moment(m.v)}}, stored_type(m.moments))}};
     if (m.k) files.push_back({"bases.safetensors", tensor_entries(m.bases, {{"", source(m.basis)}})});
     if (!m.factors.empty()) files.push_back({"factors.safetensors", tensor_entries(m.factors, {{"", source(m.params)}})});
     std::string dir = save_checkpoint(run.o.out, run.step, write_config(m.config), files, state);
@@ -743,11 +758,15 @@ static void save(Run& run, FILE* log) {
     printf("saved %s\n", dir.c_str());
 }
 
-static FloatSink sink(Ctx& ctx, acc_t* arena) {
+template <class T> FloatSink sink(Ctx& ctx, T* arena) {
     return [&ctx, arena](size_t first, const float* values, size_t count) {
-        std::vector<acc_t> converted(values, values + count);
-        to_device(ctx, arena + first, converted.data(), count * sizeof(acc_t));
+        std::vector<T> converted(count);
+        for (size_t i = 0; i < count; i++) store(&converted[i], values[i]);
+        to_device(ctx, arena + first, converted.data(), count * sizeof(T));
     };
+}
+static FloatSink moment_sink(Run& run, void* arena) {
+    return run.model.moments == Type::bf16 ? sink(run.ctx, (bf16*)arena) : sink(run.ctx, (acc_t*)arena);
 }
 
 static FILE* open_log(Run& run) {
@@ -923,8 +942,9 @@ static void report(Run& run, const std::string& checkpoint) {
     printf("data     | %s: %s, %.2fM tokens, %lld windows of %d to train on, %lld held out%s\n", o.data.c_str(), Corpus::format(run.train_data.kind).name,
            run.train_data.tokens * 1e-6, (long long)run.train.count, o.seq, (long long)run.val.count, o.val.empty() ? "" : " from --val");
     if (run.train_data.kind == Corpus::TEXT && c.vocab == 256) printf("         | tokens are bytes: bits per byte = loss / ln 2\n");
-    printf("schedule | %lld steps of %lld tokens (%.2f epochs), lr %g to %g, %s, %lld warmup steps\n", (long long)o.steps, (long long)run.tokens_per_step(),
-           (double)o.steps * o.batch * o.accum / run.train.count, o.lr, o.min_lr, o.schedule.c_str(), (long long)o.warmup);
+    printf("schedule | %lld steps of %lld tokens (%.2f epochs), lr %g to %g, %s, %lld warmup steps%s\n", (long long)o.steps, (long long)run.tokens_per_step(),
+           (double)o.steps * o.batch * o.accum / run.train.count, o.lr, o.min_lr, o.schedule.c_str(), (long long)o.warmup,
+           run.model.moments == Type::bf16 ? "; m and v in bf16" : "");
     printf("memory   | %.2f GB of %.2f GB available; %.1f GFLOP a step\n", (run.model.plan.total() + overhead_bytes(run, o.seq)) * 1e-9,
            available_memory() * 1e-9, flops_per_token(c, o.seq) * run.tokens_per_step() * 1e-9);
     if (!o.out.empty()) printf("output   | %s%s%s\n", o.out.c_str(), checkpoint.empty() ? "" : ", resumed from ", checkpoint.c_str());
@@ -1098,9 +1118,9 @@ int main(int argc, char** argv) {
     check_shapes(o, precision, config);
     if ((o.eval_only || o.sample_only) && !resuming && is_split(precision.eval))
         fail("recipe %s needs bases, which only the checkpoint of a run by it has: give --resume DIR, or another --recipe", precision.eval.name.c_str());
-    measure(run.model, config, o.batch, o.seq, recompute, precision, training, o.shadow_every > 0);
+    measure(run.model, config, o.batch, o.seq, recompute, precision, training, o.shadow_every > 0, o.moments == "bf16" ? Type::bf16 : type_of<acc_t>());
     double needed = run.model.plan.total() + overhead_bytes(run, o.seq), disk = 4.0 * (parameter_count(run.model.tensors) +
-        2 * parameter_count(run.model.trained) + parameter_count(run.model.bases) + parameter_count(run.model.factors));
+        parameter_count(run.model.bases) + parameter_count(run.model.factors)) + 2.0 * size_of(run.model.moments) * parameter_count(run.model.trained);
     if (o.dry_run) {
         print_memory(run, training, stdout);
         printf("compute\n  %-14s %9.3f TFLOP a step (6 per weight and token, and causal attention)\n", "training", flops_per_token(config, o.seq) * run.tokens_per_step() * 1e-12);
@@ -1109,7 +1129,8 @@ int main(int argc, char** argv) {
     }
     if (needed > available_memory()) {
         print_memory(run, training, stderr);
-        fail("this run does not fit: lower --batch (and raise --accum), shorten --seq, or use --recompute block");
+        fail("this run does not fit: lower --batch (and raise --accum), shorten --seq, or use --recompute block%s",
+             training && o.moments == "f32" ? " or --moments bf16" : "");
     }
     if (resuming && training && state.contains("data") && state["data"] != std::to_string(run.train_data.fingerprint()))
         fail("%s is not the data this run was trained on: put the original back, or start a new run", o.data.c_str());
@@ -1120,7 +1141,7 @@ int main(int argc, char** argv) {
         run.bad_steps = state.value("bad_steps", 0);
         load_parameters(WeightFiles(checkpoint), run.model.tensors, sink(ctx, run.model.params));
         if (training) load_tensors(WeightFiles(checkpoint + "/optimizer.safetensors"), run.model.trained,
-            {{".exp_avg", sink(ctx, run.model.m)}, {".exp_avg_sq", sink(ctx, run.model.v)}});
+            {{".exp_avg", moment_sink(run, run.model.m)}, {".exp_avg_sq", moment_sink(run, run.model.v)}}, stored_type(run.model.moments));
         if (run.model.k) load_tensors(WeightFiles(checkpoint + "/bases.safetensors"), run.model.bases, {{"", sink(ctx, run.model.basis)}});
         if (!run.model.factors.empty()) load_tensors(WeightFiles(checkpoint + "/factors.safetensors"), run.model.factors, {{"", sink(ctx, run.model.params)}});
     } else {

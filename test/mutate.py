@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Do the tests of FP4 and Metis notice a mistake? One rule of fp4.cuh, metis.cuh, subspace.cuh or device.cuh is changed at a time, in a
-copy; the tests are built against the copy and must turn red.
+"""Do the tests of FP4, Metis and AdamW notice a mistake? One rule of fp4.cuh, metis.cuh, subspace.cuh, llama.cuh or device.cuh is changed at a
+time, in a copy; the tests are built against the copy and must turn red.
 
     python3 test/mutate.py [-j N] [WORD ...]       N at a time (2); only mutations whose name has one of the WORDs
     python3 test/mutate.py --lines                 do all find their lines in the source? (part of `make test`)
@@ -161,6 +161,22 @@ SPLIT_MUTATIONS = [
     ("product: halves of a thin factor exchanged", "metis.cuh", "own_at = second && both ? k : 0, other_at = !second && both ? k : 0", "own_at = both ? k : 0, other_at = 0"),
 ]
 
+# the same for AdamW's moments
+MOMENT_TESTS = ("test_kernels",)
+MOMENT_MUTATIONS = [
+    ("moments: rounded to nearest", "device.cuh", "(a < 0x7f7f0000 ? r : 0)", "(a < 0x7f7f0000 ? 0x8000 : 0)"),
+    ("moments: half a bit too much", "device.cuh", "(a < 0x7f7f0000 ? r : 0)", "(a < 0x7f7f0000 ? r + 1 : 0)"),
+    ("moments: the largest becomes infinite", "device.cuh", "a < 0x7f7f0000 ? r : 0", "a < 0x7f800000 ? r : 0"),
+    ("moments: a NaN of low bits becomes infinite", "device.cuh", " | (a > 0x7f800000 ? 0x400000 : 0));\n}\n\n// v as an act_t", ");\n}\n\n// v as an act_t"),
+    ("moments: m and v share their bits", "llama.cuh", "as_moment<S>(vi, random >> 16)", "as_moment<S>(vi, random & 0xffff)"),
+    ("moments: m stored to nearest", "llama.cuh", "mi = as_moment<S>(mi, random & 0xffff), vi", "vi"),
+    ("moments: the weights move by what is stored", "llama.cuh", "vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;", "vi = as_moment<S>(o.beta2 * vi + (1 - o.beta2) * gi * gi, random >> 16);"),
+    ("moments: every piece draws the same", "llama.cuh", "(uint64_t)(i / 4 + 16 * k)", "(uint64_t)(16 * k)"),
+    ("moments: the tensor has no part", "llama.cuh", "{ctx.seed, ctx.step, 0, id, 0, Purpose::moments}", "{ctx.seed, ctx.step, 0, 0, 0, Purpose::moments}"),
+    ("moments: the step has no part", "llama.cuh", "{ctx.seed, ctx.step, 0, id, 0, Purpose::moments}", "{ctx.seed, 0, 0, id, 0, Purpose::moments}"),
+    ("adamw: decay of the moved weight", "llama.cuh", "wi = wi * keep - step * mi / (std::sqrt(vi) * root + o.eps);", "wi = (wi - step * mi / (std::sqrt(vi) * root + o.eps)) * keep;"),
+]
+
 
 def run(command, tree):
     """A command in a tree -> whether it ended well, and what it printed."""
@@ -195,7 +211,7 @@ def copy():
 
 def tests_of(mutation):
     """In the order in which they are likely to see it."""
-    tests = SPLIT_TESTS if mutation in SPLIT_MUTATIONS else TESTS
+    tests = SPLIT_TESTS if mutation in SPLIT_MUTATIONS else MOMENT_TESTS if mutation in MOMENT_MUTATIONS else TESTS
     return tests[::-1] if mutation[1] in ("metis.cuh", "matmul.cuh") else tests
 
 
@@ -229,7 +245,7 @@ def main():
         sys.exit(__doc__)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     tree = copy()
-    chosen = [m for m in MUTATIONS + SPLIT_MUTATIONS if not words or any(word in m[0] for word in words)]
+    chosen = [m for m in MUTATIONS + SPLIT_MUTATIONS + MOMENT_MUTATIONS if not words or any(word in m[0] for word in words)]
     red = first_red(tree, sorted({test for m in chosen for test in tests_of(m)}))
     shutil.rmtree(tree)
     if red != "":

@@ -127,9 +127,30 @@ static void test_round_trip(const std::string& dir) {
     check(same_arena(p, back, -7.f), "fused parts round trip, bit for bit", "arenas differ");
 
     std::vector<float> m2(arena_size, 1.f), v2(arena_size, 2.f);
+    std::mt19937 random_bits(6);
     write_safetensors(path, tensor_entries(table, {{".exp_avg", source_of(m)}, {".exp_avg_sq", source_of(v)}}));
     load_tensors(WeightFiles(path), table, {{".exp_avg", sink_into(m2)}, {".exp_avg_sq", sink_into(v2)}});
     check(same_arena(m, m2, 1.f) && same_arena(v, v2, 2.f), "optimiser round trip", "arenas differ");
+
+    // bf16 values take two bytes each and come back as they were, NaN included; who wants the other type is told so.
+    for (std::vector<float>* a : {&m, &v})
+        for (float& x : *a) x = float_from_bf16((uint16_t)(random_bits() >> 16));
+    m[32] = float_from_bits(0xffc00000), m[33] = -0.f, m[34] = -INFINITY, m[35] = float_from_bf16(1);
+    w = write_safetensors(path, tensor_entries(table, {{".exp_avg", source_of(m)}, {".exp_avg_sq", source_of(v)}}, "BF16"));
+    SafeTensors halves(path);
+    uint64_t data = 0;
+    for (const auto& [name, t] : halves.tensors) data += t.dtype == "BF16" ? 2 * t.count : 0;
+    check(data == 2 * 2 * (24 + 32 + 4) && w.bytes % 8 == 0, "bf16 takes two bytes", "%zu bytes of data", (size_t)data);
+    for (const char* dtype : {"BF16", ""}) {
+        std::fill(m2.begin(), m2.end(), 1.f), std::fill(v2.begin(), v2.end(), 2.f);
+        load_tensors(WeightFiles(path), table, {{".exp_avg", sink_into(m2)}, {".exp_avg_sq", sink_into(v2)}}, dtype);
+        check(same_arena(m, m2, 1.f) && same_arena(v, v2, 2.f), "bf16 round trip", "arenas differ");
+    }
+    std::string other = dir + "/f.safetensors";
+    write_safetensors(other, tensor_entries(table, {{".exp_avg", source_of(m)}, {".exp_avg_sq", source_of(v)}}));
+    for (bool bf16 : {false, true})
+        expect_refusal(bf16 ? "bf16 moments for a run of float ones" : "float moments for a run of bf16 ones", bf16 ? "is BF16, this run keeps it as F32" : "is F32, this run keeps it as BF16",
+            [&] { load_tensors(WeightFiles(bf16 ? path : other), table, {{".exp_avg", sink_into(m2)}, {".exp_avg_sq", sink_into(v2)}}, bf16 ? "F32" : "BF16"); });
 
     // Bigger than a piece: asked for in order, in pieces of 16 MiB at most, and read back whole.
     size_t n = tensor_piece + 12345, next = 0, largest = 0;

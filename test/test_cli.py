@@ -346,6 +346,51 @@ def resume_after_kill():
             same_run(out, unbroken())
 
 
+def moments():
+    """--moments bf16: AdamW's m and v in half the memory and half the file, rounded stochastically by draws that resuming cannot change."""
+    half, out = {**WHOLE, "--moments": "bf16"}, "moments"
+    ended = run({**half, "--threads": 1, "--out": out})
+    with case("--moments bf16: said at the start; other losses than with float moments, but not far from them; optimizer.safetensors is BF16 throughout"):
+        assert "m and v in bf16" in ended.out, ended.out
+        a, b = ([float(row["loss"]) for row in step_rows(name)] for name in (out, unbroken()))
+        assert a[0] == b[0] and a[1] == b[1] and a[2:] != b[2:], "the first update does not see rounded moments, later ones do"
+        assert max(abs(x - y) for x, y in zip(a, b)) < 0.05, [x - y for x, y in zip(a, b)]
+        data = content(f"{out}/step_00000080/optimizer.safetensors")
+        begin = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:begin])
+        assert {t["dtype"] for name, t in header.items() if name != "__metadata__"} == {"BF16"}, header
+        wide = content(f"{unbroken()}/step_00000080/optimizer.safetensors")
+        assert 2 * (len(data) - begin) == len(wide) - 8 - struct.unpack("<Q", wide[:8])[0], f"{len(data)} bytes, in float {len(wide)}"
+    for threads, recompute in ((2, "block"), (3, "none")):
+        with case(f"--moments bf16: {threads} threads, --recompute {recompute}, same bits"):
+            run({**half, "--threads": threads, "--recompute": recompute, "--out": f"moments_{threads}"})
+            same_run(f"moments_{threads}", out)
+    for step in (40, 60):
+        with case(f"--moments bf16: resumed after step {step}, the unbroken run's losses, weights and moments"):
+            shutil.copytree(out, f"moments_from_{step}")
+            run({"--resume": f"moments_from_{step}/step_{step:08}", "--threads": 2})
+            same_run(f"moments_from_{step}", out)
+    with case("--moments bf16: killed before its first checkpoint, resumed from the log's options"):
+        p = start({**half, "--save-every": 0, "--out": "moments_killed"}, 2)
+        p.kill()
+        finish(p)
+        assert not checkpoints("moments_killed"), checkpoints("moments_killed")
+        run({"--resume": "moments_killed"})
+        same_run("moments_killed", out)
+    for name, run_of, other in (("bf16", out, "f32"), ("f32", unbroken(), "bf16")):
+        with case(f"resume of --moments {name} refuses --moments {other}, takes {name}"), untouched(run_of):
+            err = run({"--resume": run_of, "--moments": other}, status=2).err
+            assert f"--moments {other} contradicts the run to resume, which has {name}" in err, err
+            run({"--resume": run_of, "--moments": name, "--dry-run": True})
+    with case("--moments bf16: --dry-run counts two bytes each, in memory and on disk"):
+        plan = {"--model": "125m", "--recipe": "bf16", "--data": "text.txt", "--vocab": 1024, "--dry-run": True}
+        amount = [{what: float(re.search(rf"^  {what} +([\d.]+) ", text, re.M)[1]) for what in ("parameters", "gradients", "optimiser", "activations", "total", "checkpoint")}
+                  for text in (run({**plan, **o}).out for o in ({}, {"--moments": "bf16"}))]
+        numbers = amount[0]["parameters"] / 4                                # rounded to a MB, as all of them
+        for what, less in (("parameters", 0), ("gradients", 0), ("optimiser", 4), ("activations", 0), ("total", 4), ("checkpoint", 4)):
+            assert abs(amount[0][what] - amount[1][what] - less * numbers) < 3e-3, f"{what}: {amount[0][what]} and {amount[1][what]} GB"
+
+
 # Stands between the program and the C library. Every call below that changes a file is a moment; moment number CRASH_AT is a
 # power cut: of each file not yet fsynced only half is on the disk, and the process is gone. Several writes to one file count once.
 CRASH = r"""
@@ -813,7 +858,7 @@ def refuse_options():
             ("--eval-only without weights", "--eval-only", "--resume"), ("--sample-only without weights", "--sample-only", "--resume"),
             ("--save-every without --out", "--save-every 5", "--out"), ("--keep without --out", "--keep 5", "--out"),
             ("an unknown --recipe", "--recipe fp5", "--list-recipes"), ("an unknown --schedule", "--schedule linear", "cosine"),
-            ("an unknown --recompute", "--recompute all", "norms"), ("an unknown preset", "--model huge", "llama3-8b"),
+            ("an unknown --recompute", "--recompute all", "norms"), ("an unknown --moments", "--moments fp8", "f32, bf16"), ("an unknown preset", "--model huge", "llama3-8b"),
             ("--heads that --kv-heads does not divide", "--heads 4 --kv-heads 3", "not a multiple of --kv-heads"),
             ("--dim that --heads does not divide", "--heads 3", "not a multiple of --heads"), ("an odd head size", "--dim 62", "odd"),
             ("--warmup beyond --steps", "--warmup 11", "--warmup 11"), ("--min-lr above --lr", "--lr 0.001 --min-lr 0.002", "--min-lr"),
@@ -1188,7 +1233,7 @@ def learning():
             assert last > 0.5, f"a loss of {last:.3f} after 150 steps is too good to be true"
 
 
-GROUPS = (bitwise, resume_after_kill, resume_after_power_cut, resume_after_signal, resume_forms, resume_conflicts, resume_while_running,
+GROUPS = (bitwise, resume_after_kill, resume_after_power_cut, resume_after_signal, resume_forms, resume_conflicts, moments, resume_while_running,
           damage, keep, accumulation, reference, refuse_options, refuse_data, refuse_config, refuse_folders, guard, reports, evaluation, learning)
 
 if __name__ == "__main__":

@@ -161,10 +161,7 @@ struct Trainer {
         *norm = std::sqrt(sums[1]);
         AdamW adam = {acc_t(1e-3), acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, (acc_t)(1 - std::pow(0.9, t)), (acc_t)(1 - std::pow(0.95, t))};
         adam.clip = std::min<acc_t>(1, (acc_t)(1 / (*norm + 1e-6)));
-        for (const Tensor& tensor : m.tensors) {
-            adam.decay = tensor.decay ? acc_t(0.1) : 0;
-            adamw_step(ctx, m.params + tensor.offset, m.m + tensor.offset, m.v + tensor.offset, m.grads + tensor.offset, (int64_t)tensor.size(), adam);
-        }
+        for (size_t i = 0; i < m.trained.size(); i++) adamw_step(ctx, m, i, adam, acc_t(0.1));
     }
 };
 

@@ -728,14 +728,17 @@ static void test_sums(Run& r) {
 }
 
 // Five steps against AdamW in double with the true constants. 1 - 0.9f is 4 u off, relative; m, v and w stay within 40 u of the size
-// of what went in. Every tenth gradient is 1e-8 and every eleventh 0: there eps decides.
-static void test_adamw(Run& r) {
+// of what went in. Every tenth gradient is 1e-8 and every eleventh 0: there eps decides. Moments in bf16 lose less than 2^-7 of themselves a step,
+// of which the later ones see 0.9 and 0.95 parts at most: t 2^-7 (1 + 2^-7)^t of what went in; sqrt(v) half as much.
+template <class S> static void test_adamw(Run& r) {
+    const double lost = sizeof(S) == 2 ? 1.04 * 0x1p-7 : 0;
     for (int64_t n : {(int64_t)1, (int64_t)7, (int64_t)100, chunk, chunk + 7})
         for (double decay : {0., 0.1}) {
             r.at("%ld elements, decay %g", (long)n, decay);
             Rng rng{(uint64_t)n};
             const double lr = 0.01, clip = 0.37, eps = 1e-8;
-            Buffer<acc_t> w(r, n, [&](int64_t) { return rng(1); }), m(r, n, [](int64_t) { return 0; }), v(r, n, [](int64_t) { return 0; });
+            Buffer<acc_t> w(r, n, [&](int64_t) { return rng(1); });
+            Buffer<S> m(r, n, [](int64_t) { return 0; }), v(r, n, [](int64_t) { return 0; });
             std::vector<double> W = w.values(), M(n), V(n), moved(n), m_size(n);
             for (double& s : moved) s = 1;
             for (int t = 1; t <= 5; t++) {
@@ -743,7 +746,7 @@ static void test_adamw(Run& r) {
                 std::vector<double> drawn = g.values();
                 double c1 = 1 - std::pow(0.9, t), c2 = 1 - std::pow(0.95, t);
                 AdamW o = {(acc_t)lr, acc_t(0.9), acc_t(0.95), acc_t(eps), (acc_t)decay, (acc_t)clip, (acc_t)c1, (acc_t)c2};
-                adamw_step(r.ctx, w.p, m.p, v.p, g.p, n, o);
+                adamw_step(r.ctx, w.p, m.p, v.p, g.p, n, o, 3);
                 w.fetch(), m.fetch(), v.fetch(), g.fetch();
                 for (int64_t i = 0; i < n && r.compare; i++) {
                     double grad = clip * g[i];
@@ -753,12 +756,137 @@ static void test_adamw(Run& r) {
                     W[i] = W[i] * (1 - lr * decay) - lr * M[i] / c1 / down;
                     moved[i] += lr * m_size[i] / c1 / down;
                     r.verdict.close(g[i], drawn[i], 0, "gradient", i);
-                    r.verdict.close(m[i], M[i], 40 * u * m_size[i] + 1e-44, "m", i);
-                    r.verdict.close(v[i], V[i], 40 * u * V[i] + 1e-44, "v", i);
-                    r.verdict.close(w[i], W[i], 5 * u + 40 * u * (moved[i] - 1), "w", i);
+                    r.verdict.close(m[i], M[i], (40 * u + t * lost) * m_size[i] + 1e-44, "m", i);
+                    r.verdict.close(v[i], V[i], (40 * u + t * lost) * V[i] + 1e-44, "v", i);
+                    r.verdict.close(w[i], W[i], 5 * u + (40 * u + 1.6 * t * lost) * (moved[i] - 1), "w", i);
                 }
             }
         }
+}
+
+// A float becomes one of the two bf16 next to it, the upper one for exactly as many of the 65536 r as its cut bits say, so that the mean is the
+// float itself; bf16's own values stay, NaNs and infinities too, and nothing finite becomes infinite.
+static void test_stochastic_bf16(Run& r) {
+    if (!r.compare) return;
+    r.at("mean over r");
+    for (float x : {1.f, 1.f + 0x1p-23f, -1.f - 0x1p-8f, 3.14159265f, -2.71828e-20f, 0x1.fffffep0f, 1e-45f, -0x1p-130f, FLT_MIN, 1e38f}) {
+        double sum = 0;
+        for (uint32_t k = 0; k < 65536; k++) sum += (double)stochastic_bf16(x, k) - x;                 // exact: multiples of x's last bit
+        r.verdict.note(sum == 0, "%.9g is off by %.9g in the mean", x, sum / 65536);
+    }
+    r.at("all upper halves");
+    for (uint32_t i = 0; i < 65536; i++)
+        for (uint32_t low : {0u, 1u, 0x7fffu, 0x8000u, 0xffffu})
+            for (uint32_t k : {0u, 1u, 0x8000u, 0xffffu}) {
+                uint32_t bits = i << 16 | low, a = bits & 0x7fffffff, seen = bits_of(stochastic_bf16(float_of(bits), k)), up = low + k > 0xffff;
+                bool nan = a > 0x7f800000, top = a >= 0x7f7f0000;                                      // top: no larger finite bf16
+                r.verdict.note(nan ? (seen & 0x7fffffff) > 0x7f800000 && !(seen & 0xffff) && seen >> 31 == bits >> 31
+                                   : seen == (i + (up && !top)) << 16, "%08x with %04x becomes %08x", bits, k, seen);
+            }
+}
+
+// bf16 moments. The weights are the float kernel's to the bit, and so are m and v before they are rounded; which way each goes is told by Philox.
+static void test_moments(Run& r) {
+    Ctx& ctx = r.ctx;
+    const AdamW o = {acc_t(0.01), acc_t(0.9), acc_t(0.95), acc_t(1e-8), acc_t(0.1), acc_t(0.37), acc_t(0.3), acc_t(0.2)};
+    struct Reset { Ctx& ctx; ~Reset() { ctx.seed = 0, ctx.step = 0; } } reset{ctx};
+    for (int64_t n : {(int64_t)1, (int64_t)7, (int64_t)2048 + 65, chunk + 77}) {
+        r.at("%ld elements", (long)n);
+        ctx.seed = 0x123456789abcdefu + n, ctx.step = 11;
+        RandomKey key = {ctx.seed, 11, 0, 517, 0, Purpose::moments};
+        Rng rng{(uint64_t)n};
+        Buffer<acc_t> w(r, n, [&](int64_t) { return rng(1); }), g(r, n, [&](int64_t) { return rng(1); });
+        Buffer<bf16> m(r, n, [&](int64_t) { return rng(0.3); }), v(r, n, [&](int64_t) { return std::fabs(rng(0.3)); });
+        Buffer<acc_t> w2(r, n, [&](int64_t i) { return w[i]; }), m2(r, n, [&](int64_t i) { return m[i]; }), v2(r, n, [&](int64_t i) { return v[i]; });
+        adamw_step(ctx, w.p, m.p, v.p, g.p, n, o, 517);
+        adamw_step(ctx, w2.p, m2.p, v2.p, g.p, n, o, 517);
+        w.fetch(), m.fetch(), v.fetch(), w2.fetch(), m2.fetch(), v2.fetch();
+        for (int64_t i = 0; i < n && r.compare; i++) {
+            uint32_t word = philox(key, (uint64_t)(i / 64 * 16 + i % 16)).w[i % 64 / 16];
+            r.verdict.note(bits_of(w.host[i]) == bits_of(w2.host[i]), "w[%ld] is %.9g, %.9g of float moments", (long)i, w[i], w2[i]);
+            r.verdict.note(m.host[i].bits == (bits_of(m2.host[i]) + (word & 0xffff)) >> 16, "m[%ld] is %.9g of %.9g", (long)i, m[i], m2[i]);
+            r.verdict.note(v.host[i].bits == (bits_of(v2.host[i]) + (word >> 16)) >> 16, "v[%ld] is %.9g of %.9g", (long)i, v[i], v2[i]);
+        }
+    }
+
+    // Over seeds, steps and tensors the means are the floats, and m goes up independently of v. Bernstein: a sum of draws whose variances add up to s is
+    // off by more than sqrt(40 s) + 13.4 with probability e^-20 at most, if no draw is off by more than 1; the product of two neither.
+    {
+        const int64_t n = 1024;
+        const int tries = 192;
+        r.at("%d draws of %ld elements", tries, (long)n);
+        Rng rng{5};
+        Buffer<acc_t> g(r, n, [&](int64_t) { return rng(1); }), w(r, n), m2(r, n), v2(r, n);
+        Buffer<bf16> m0(r, n, [&](int64_t) { return rng(0.3); }), v0(r, n, [&](int64_t) { return std::fabs(rng(0.3)); }), m(r, n), v(r, n);
+        for (int64_t i = 0; i < n; i++) w.host[i] = 0, m2.host[i] = (float)m0[i], v2.host[i] = (float)v0[i];
+        w.send(), m2.send(), v2.send();
+        adamw_step(ctx, w.p, m2.p, v2.p, g.p, n, o, 0);
+        m2.fetch(), v2.fetch();
+        std::vector<double> ups[2] = {std::vector<double>(n), std::vector<double>(n)};
+        auto chance = [](float x) { return (bits_of(x) & 0xffff) * 0x1p-16; };
+        double both = 0, variance = 0;
+        for (int t = 0; t < tries; t++) {
+            ctx.seed = 1 + t % 6, ctx.step = (uint32_t)(t / 6 % 8);
+            m.host = m0.host, v.host = v0.host, m.send(), v.send();
+            adamw_step(ctx, w.p, m.p, v.p, g.p, n, o, (uint32_t)(t / 48));
+            m.fetch(), v.fetch();
+            for (int64_t i = 0; i < n && r.compare; i++) {
+                double up[2] = {(double)(m.host[i].bits - (bits_of(m2.host[i]) >> 16)), (double)(v.host[i].bits - (bits_of(v2.host[i]) >> 16))};
+                double p = chance(m2.host[i]), q = chance(v2.host[i]);
+                r.verdict.note((up[0] == 0 || up[0] == 1) && (up[1] == 0 || up[1] == 1), "%ld moves by %g and %g", (long)i, up[0], up[1]);
+                ups[0][i] += up[0], ups[1][i] += up[1], both += (up[0] - p) * (up[1] - q), variance += p * (1 - p) * q * (1 - q);
+            }
+        }
+        for (int which = 0; which < 2 && r.compare; which++) {
+            double all = 0, spread = 0;
+            for (int64_t i = 0; i < n; i++) {
+                double p = chance(which ? v2.host[i] : m2.host[i]), s = tries * p * (1 - p);
+                r.verdict.close(ups[which][i], tries * p, std::sqrt(40 * s) + 13.4, which ? "times v went up" : "times m went up", i);
+                all += ups[which][i] - tries * p, spread += s;
+            }
+            r.verdict.close(all, 0, std::sqrt(40 * spread) + 13.4, which ? "all of v" : "all of m", 0);
+        }
+        if (r.compare) r.verdict.close(both, 0, std::sqrt(40 * variance) + 13.4, "m and v go up together", 0);
+    }
+
+    // beta2 = 0.999 and v on its way from 0.5 to 1: a step adds at most 2^-11, an eighth of bf16's 2^-8 there. To nearest v stays where it is; stochastically
+    // the mean of 1024 elements follows 1 - 0.999^t / 2. A step's rounding has a variance of 2^-18 at most (half a bf16 step, squared): 6.5 standard errors.
+    {
+        const int64_t n = 1024;
+        const int steps = 200;
+        r.at("beta2 0.999");
+        AdamW slow = {0, acc_t(0.9), acc_t(0.999), acc_t(1e-8), 0, 1, 1, 1};
+        Buffer<acc_t> w(r, n, [](int64_t) { return 0; }), g(r, n, [](int64_t) { return 1; });
+        Buffer<bf16> m(r, n, [](int64_t) { return 1; }), v(r, n, [](int64_t) { return 0.5; });
+        float nearest = 0.5f;
+        ctx.seed = 1;
+        for (int t = 0; t < steps; t++) {
+            ctx.step = (uint32_t)t;
+            adamw_step(ctx, w.p, m.p, v.p, g.p, n, slow, 1);
+            nearest = as_bf16(0.999 * nearest + 0.001);
+        }
+        v.fetch();
+        double mean = 0, want = 1 - 0.5 * std::pow(0.999, steps), bound = 6.5 * std::sqrt(steps * 0x1p-18 / n) + steps * 4 * u;
+        for (int64_t i = 0; i < n; i++) mean += v[i] / n;
+        r.verdict.close(mean, want, bound, "mean of v", 0);
+        r.verdict.note(nearest == 0.5f && want - nearest > 10 * bound, "to nearest v reaches %g: this test sees nothing", nearest);
+    }
+
+    // What is not finite stays so, beside neighbours that it does not touch; what bf16 cannot reach stops at its largest value.
+    r.at("NaN, infinity and the largest");
+    const float most = float_of(0x7f7f0000), bad[] = {NAN, infinity, -infinity, 1e30f, 1, FLT_MAX};
+    AdamW plain = {acc_t(0.01), acc_t(0.9), acc_t(0.95), acc_t(1e-8), 0, 1, 1, 1};
+    Buffer<acc_t> w(r, 96, [](int64_t) { return 0; }), g(r, 96, [&](int64_t i) { return bad[i % 6]; });
+    Buffer<bf16> m(r, 96, [&](int64_t i) { return i % 6 == 5 ? most : 0; }), v(r, 96, [](int64_t) { return 0; });
+    adamw_step(ctx, w.p, m.p, v.p, g.p, 96, plain, 0);
+    m.fetch(), v.fetch();
+    for (int64_t i = 0; i < 96 && r.compare; i += 6) {
+        auto is = [&](bool ok, const char* what) { r.verdict.note(ok, "%s, at %ld: m %g, v %g", what, (long)i, m[i], v[i]); };
+        is(std::isnan(m[i]) && std::isnan(v[i]), "NaN");
+        is(m[i + 1] == infinity && v[i + 1] == infinity && m[i + 2] == -infinity && v[i + 2] == infinity && v[i + 3] == infinity, "infinity");
+        is(near(m[i + 4], 0.1, 0.1 * 0x1p-7) && near(v[i + 4], 0.05, 0.05 * 0x1p-7), "1");
+        is(m[i + 5] == most && v[i + 5] == infinity, "the largest");
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -866,7 +994,10 @@ int main(int argc, char** argv) {
     test("cross entropy", test_cross_entropy);
     test("cross entropy: NaN and infinity", test_cross_entropy_nan);
     test("sums", test_sums);
-    test("adamw", test_adamw);
+    test("adamw", test_adamw<acc_t>);
+    test("adamw, moments in bf16", test_adamw<bf16>);
+    test("stochastic_bf16", test_stochastic_bf16);
+    test("bf16 moments: their roundings", test_moments);
     test("presets and tensor table", test_tables);
     test("model: NaN and infinity reach the loss", test_model_nan);
     return done();

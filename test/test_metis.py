@@ -155,7 +155,7 @@ def trained():
             same(f"trained_from_{step}", "trained")
     for name, options in (("--accum 2", {"--accum": 2}), ("the second half with fprop in bf16", {"--bf16-end": 0.5}),
                           ("the second half in bf16", {"--bf16-end": 0.5, "--bf16-end-gemms": "all"}), ("gate_up in bf16", {"--bf16-layers": "gate_up"}),
-                          ("evaluated in bf16", {"--eval-recipe": "bf16"})):
+                          ("evaluated in bf16", {"--eval-recipe": "bf16"}), ("moments in bf16", {"--moments": "bf16"})):
         with case(f"trained factors: resumed with threads and recomputation, {name}"):
             out = "trained_" + re.sub(r"\W", "_", name)
             run({**TRAINED, **options, "--steps": 7, "--eval-every": 4, "--out": out})
