@@ -377,6 +377,7 @@ static void test_bad_cells() {
         {"nvfp4", "wgrad_d.split=yes,wgrad.hadamard=16", "wgrad_d of recipe nvfp4", "a split operand cannot have a hadamard"},
         {"metis", "split.rank=0", "--set split.rank=0", "want a number between 0.01 and 100"},
         {"metis", "split.refresh=1.5", "--set split.refresh=1.5", "want a whole number between"},
+        {"metis", "split.k=17", "--set split.k=17", "want a multiple of 16"},
         {"metis", "split.warm=", "--set split.warm=", "want a whole number between"},
         {"metis", "split.depth=3", "there is no split.depth", "there are rank, sample, refresh"},
         {"float", "dgrad_w.format=bf16", "dgrad_d of recipe float", "f32 and e2m1 meet only f32 and e2m1"},

@@ -253,7 +253,7 @@ def refuses():
     for name, options, word in (
             ("a rank beyond --ffn", {"--ffn": 48, "--set": "split.rank=100"}, "rank 64 .*--ffn is 48"),
             ("a rank beyond a narrow model", {"--dim": 8, "--heads": 2, "--ffn": 64}, "rank 16 .*--dim is 8"),
-            ("a rank given outright", {"--set": "split.k=100"}, "rank 112 .*--dim is 64"),
+            ("a rank given outright", {"--set": "split.k=112"}, "rank 112 .*--dim is 64"),
             ("a split in evaluation alone", {"--recipe": "bf16", "--eval-recipe": "metis", "--dim": 8, "--heads": 2}, "needs bases"),
             ("split numbers out of range", {"--set": "split.sample=0"}, "between"), ("another --set on resuming", {"--resume": whole(), "--set": "x.split=no"}, "contradicts")):
         with case(f"refuses {name}"):
