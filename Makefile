@@ -75,6 +75,7 @@ $(DIR)/train_llama: train_llama.cu $(DIR)/command | found
 
 found:
 ifeq ($(GPU),1)
+	@command -v $(NVCC) $(quiet) || { echo "✗ $(NVCC) not found: install the CUDA Toolkit, or make GPU=0"; exit 1; }
 	@echo "✓ GPU build for sm_$(ARCH)"
 else
 	@echo "$(if $(GPU_FOUND),,→ CPU build (no GPU answers, or GPU=0)) $(CPU_ONEDNN)"

@@ -112,7 +112,8 @@ struct MatmulPlans {
 
     const Plan& plan(const MatmulKey& key) {
         const Plan& p = find(key);
-        if (!p.found) fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", (long)std::get<0>(key), (long)std::get<1>(key), (long)std::get<2>(key));
+        auto [m, n, k] = std::array<long, 3>{(long)std::get<0>(key), (long)std::get<1>(key), (long)std::get<2>(key)};
+        if (!p.found) fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", m, n, k);
         return p;
     }
     // cuBLAS is column-major: it is asked for C^T = B^T A^T, so its A is our B and its m is our n.
@@ -179,7 +180,10 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
     // Narrow operands bring their scales with them; cuBLASLt reads the pointers as it is called.
     const Mat* side[] = {&b, &a};
     for (int i = 0; i < 2; i++)
-        if (is_narrow(side[i]->type)) MatmulPlans::set_scale(p, i, is_tensorwise(side[i]->type) ? (const void*)(side[i]->scale ? side[i]->scale : ctx.plans->factors + 1) : side[i]->blocks);
+        if (is_narrow(side[i]->type)) {
+            const float* tensor = side[i]->scale ? side[i]->scale : ctx.plans->factors + 1;
+            MatmulPlans::set_scale(p, i, is_tensorwise(side[i]->type) ? (const void*)tensor : side[i]->blocks);
+        }
     CUBLAS(cublasLtMatmul(ctx.plans->handle, p.desc, alpha, b.data, p.a, a.data, p.b, beta, c, p.c, c, p.c, &p.algo,
                           ctx.plans->workspace, MatmulPlans::workspace_bytes, ctx.stream));
 }

@@ -369,14 +369,16 @@ static void check_shapes(const Options& o, const Precision& p, const Config& c) 
         {"the rows of qkv", ((int64_t)c.heads + 2 * c.kv_heads) * c.head_dim}}, tokens[] = {{"--batch x --seq", (int64_t)o.batch * o.seq}};
     auto check = [&](int i, const char* name, int64_t size) {
         int h = p.recipe.cell[i].hadamard;
-        if (h && size % h) fail("the hadamard of %d in %s of recipe %s needs a multiple of %d, and %s is %lld", h, operand_names[i], p.recipe.name.c_str(), h, name, (long long)size);
+        if (h && size % h)
+            fail("the hadamard of %d in %s of recipe %s needs a multiple of %d, and %s is %lld", h, operand_names[i], p.recipe.name.c_str(), h, name, (long long)size);
     };
     for (auto [name, size] : widths)
         for (int i = 0; i < wgrad_d; i++) check(i, name, size);
     for (auto [name, size] : tokens) check(wgrad_d, name, size);
     int k = split_rank(p.recipe.split, c.dim);
     for (auto [name, size] : widths)
-        if ((is_split(p.recipe) || is_split(p.eval)) && k > size) fail("a split of rank %d needs matrices at least as wide, and %s is %lld: lower %s, or widen the model", k, name, (long long)size, p.recipe.split.k ? "split.k" : "split.rank");
+        if ((is_split(p.recipe) || is_split(p.eval)) && k > size)
+            fail("a split of rank %d needs matrices at least as wide, and %s is %lld: lower %s, or widen the model", k, name, (long long)size, p.recipe.split.k ? "split.k" : "split.rank");
 }
 
 // Peak to min_lr: linear warmup, then the schedule. The step counts from 1.
@@ -1162,7 +1164,8 @@ int main(int argc, char** argv) {
     if (!o.out.empty() && !o.profile) {
         if (resuming) {
             remove_leftovers(o.out);
-            for (const std::string& dir : remove_checkpoints_after(o.out, run.step)) printf("resume   | removed %s: this run goes on from step %lld\n", dir.c_str(), (long long)run.step);
+            for (const std::string& dir : remove_checkpoints_after(o.out, run.step)) 
+                printf("resume   | removed %s: this run goes on from step %lld\n", dir.c_str(), (long long)run.step);
         }
         log = open_log(run);
     }
