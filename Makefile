@@ -126,7 +126,7 @@ vpath test_%.cu test
 vpath ladder_%.cu dev
 build/emulated/%: %.cu
 	@mkdir -p build/emulated
-	$(CXX) $(filter-out -O3,$(CXXFLAGS)) -O2 -march=native -D__CUDACC__ -DMETIS_EMULATED -isystem test/emulated -MMD -MP -MF $@.d -x c++ $< -o $@
+	$(CXX) $(filter-out -O3,$(CXXFLAGS)) -O2 -march=native -D__CUDACC__ -DMETIS_EMULATED -Itest/emulated -MMD -MP -MF $@.d -x c++ $< -o $@
 test-emulated: $(EMULATED)
 	@test/run --only $(EMULATED)
 

@@ -14,11 +14,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <csetjmp>
 #include <memory>
 #include <tuple>
 #include <vector>
-#include <ucontext.h>
 #include <omp.h>
 
 #define __host__
@@ -31,7 +29,7 @@
 
 struct dim3 {
     unsigned x, y, z;
-    dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+    constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
 struct uint4 { uint32_t x, y, z, w; };
 struct uint2 { uint32_t x, y; };
@@ -39,141 +37,188 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::min;
 using std::max;
 
+// Leaves a stack for another: registers that a function must keep go onto it, its pointer to *from; `to` is a pointer left like this. Four
+// times as fast as setjmp and longjmp, and a block that sums something is hundreds of switches. A jump, as returns are predicted by calls.
+#ifndef __x86_64__
+#error "the emulated device switches stacks in the assembly of x86-64"
+#endif
+asm(R"(
+    .pushsection .text
+    .weak emulated_switch
+emulated_switch:
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    pop %rcx
+    jmp *%rcx
+    .popsection
+)");
+extern "C" void emulated_switch(void** from, void* to);
+
 namespace emulated {
 
-struct Lane {
-    unsigned index = 0;
-    enum State { ready, at_block, at_warp, ended } state = ended;
-    const char* where = "";                     // what it waits at
-    unsigned mask = 0;                          // the lanes that take part
-    int turn = 0;                               // counts warp-wide instructions: two buffers take turns, for a lane may run ahead by one
-    unsigned turns = 0;                         // which buffer lane j of the warp gave when this lane was let go, bit j
-    alignas(16) char sent[2][64];               // what it gives to the others
+// What every switch touches is packed by warps: a block and the tops of its stacks should fit the first cache.
+struct Warp {
+    unsigned lanes = 0;                         // a bit for each: a last warp may not be full
+    unsigned ready = 0, at_warp = 0, at_block = 0;      // which may go on, wait for others of the warp, wait for the block; else ended
+    unsigned turn = 0;                          // which of two buffers lane j gave last: they take turns, for a lane may run ahead by one
+    unsigned given = 0;                         // the same when lane j was let go
+    unsigned mask[32];                          // the lanes that take part in what lane j waits at
+    const char* where[32];                      // and what that is
+    void* stack[32];                            // where it was left
+    alignas(16) char few[2][32][8], many[2][32][64];    // what lane j gives to the others: up to 8 bytes, or more
+    // A lane's state that few kernels need, and its stack.
     struct Copy { void* to; const void* from; size_t bytes; int group; };
-    std::vector<Copy> copies;                   // asynchronous ones that have not happened yet
-    int groups = 0;
-    jmp_buf at;
-    std::unique_ptr<char[]> stack;
+    std::vector<Copy> copies[32];               // asynchronous ones that have not happened yet
+    int groups[32];
+    std::unique_ptr<char[]> memory[32];
 };
 
+// What this thread runs. Nothing here is to be constructed: then reading it costs no call.
 struct Block {
-    std::vector<Lane> lanes;
-    Lane* now = nullptr;
-    jmp_buf scheduler;
-    void (*run)(const void*) = nullptr;
-    const void* arguments = nullptr;
-    bool late = false;                          // asynchronous copies happen when they are waited for, not before
+    Warp* warps;
+    unsigned *sequence, *next, *end;            // in which lanes get their turn, span by span (run_block); who may come next, up to where
+    unsigned now;                               // the lane that runs
+    void* scheduler;                            // where its stack was left
+    void (*run)(const void*);
+    const void* arguments;
+    bool late;                                  // asynchronous copies happen when they are waited for, not before
 };
 inline thread_local Block block;
 constexpr size_t stack_bytes = 256 << 10;
 
-// Leaves the lane until the scheduler returns to it.
-inline void yield() {
-    if (_setjmp(block.now->at) == 0) _longjmp(block.scheduler, 1);
+// For all that waits: a return after other lanes ran is mispredicted, which costs more than the switch.
+#define EMULATED_INLINE inline __attribute__((always_inline))
+
+EMULATED_INLINE unsigned lane() { return block.now % 32; }
+EMULATED_INLINE Warp& warp() { return block.warps[block.now / 32]; }
+
+// Leaves the stack that runs, which *from will hold, for the next lane that may go on. false: there is none.
+EMULATED_INLINE bool go_on(void** from) {
+    while (block.next < block.end) {
+        unsigned i = *block.next++, bit = 1u << i % 32;
+        Warp& w = block.warps[i / 32];
+        if (!(w.ready & bit)) continue;
+        w.ready &= ~bit, block.now = threadIdx.x = i;
+        return emulated_switch(from, w.stack[i % 32]), true;
+    }
+    return false;
+}
+// Leaves the lane until it has its turn again.
+EMULATED_INLINE void yield() {
+    void** from = &warp().stack[lane()];
+    if (!go_on(from)) emulated_switch(from, block.scheduler);
 }
 inline void enter() {                           // where every lane's stack begins
-    if (_setjmp(block.now->at) == 0) _longjmp(block.scheduler, 1);
-    for (;;) {
-        block.run(block.arguments);
-        block.now->state = Lane::ended;
-        yield();
-    }
+    for (;;) block.run(block.arguments), yield();
 }
-inline void make_lanes(unsigned count) {
-    while (block.lanes.size() < count) {
-        block.lanes.emplace_back();
-        Lane& lane = block.lanes.back();
-        lane.stack.reset(new char[stack_bytes]);
-    }
+// Lanes outlive launches: each waits in enter() for the next.
+inline void make_lanes(unsigned count, unsigned span, unsigned order) {
+    static thread_local std::vector<Warp> warps;
+    static thread_local std::vector<unsigned> sequence;
+    if (warps.size() < (count + 31) / 32) warps.resize((count + 31) / 32);
+    block.warps = warps.data();
     for (unsigned i = 0; i < count; i++) {
-        Lane& lane = block.lanes[i];
-        lane.index = i;
-        block.now = &lane;
-        ucontext_t start, here;
-        getcontext(&start);
-        start.uc_stack.ss_sp = lane.stack.get(), start.uc_stack.ss_size = stack_bytes, start.uc_link = nullptr;
-        makecontext(&start, enter, 0);
-        if (_setjmp(block.scheduler) == 0) swapcontext(&here, &start);
+        std::unique_ptr<char[]>& memory = warps[i / 32].memory[i % 32];
+        if (memory) continue;
+        memory.reset(new char[stack_bytes]);
+        // Stacks that all began at the same offset in a page would share a few sets of the cache.
+        void** top = (void**)(((uintptr_t)memory.get() + stack_bytes - i % 32 * 576) & ~(uintptr_t)63);
+        memset((void*)(top - 8), 0, 8 * sizeof *top);           // six registers, where to begin, and where enter() never returns to
+        top[-2] = (void*)enter, warps[i / 32].stack[i % 32] = top - 8;
     }
+    sequence.clear();
+    for (unsigned first = 0; first < count; first += span) {
+        unsigned all = min(span, count - first);
+        for (unsigned n = 0; n < all; n++)
+            sequence.push_back(first + (order % 3 == 0 ? n : order % 3 == 1 ? all - 1 - n : all % 37 ? (n * 37 + order) % all : n));
+    }
+    block.sequence = sequence.data();
 }
 
 [[noreturn]] inline void stuck(unsigned count) {
     fprintf(stderr, "emulated GPU: block %u of %u waits for ever:", blockIdx.x, gridDim.x);
-    for (unsigned i = 0; i < count; i++)
-        if (block.lanes[i].state != Lane::ended && (i == 0 || block.lanes[i].where != block.lanes[i - 1].where))
-            fprintf(stderr, " from lane %u on at %s (mask %08x);", i, block.lanes[i].where, block.lanes[i].mask);
+    const char* before = nullptr;
+    for (unsigned i = 0; i < count; i++) {
+        const Warp& w = block.warps[i / 32];
+        const char* where = (w.at_warp | w.at_block) >> i % 32 & 1 ? w.where[i % 32] : nullptr;
+        if (where && where != before) fprintf(stderr, " from lane %u on at %s (mask %08x);", i, where, w.mask[i % 32]);
+        before = where;
+    }
     fprintf(stderr, "\n");
     abort();
 }
 
-// Every lane of [first, last) that may goes on until it waits or ends; `order` says who comes first.
-inline void advance(unsigned first, unsigned last, unsigned order) {
-    unsigned count = last - first;
-    for (unsigned n = 0; n < count; n++) {
-        unsigned i = first + (order % 3 == 0 ? n : order % 3 == 1 ? count - 1 - n : count % 37 ? (n * 37 + order) % count : n);
-        Lane& lane = block.lanes[i];
-        if (lane.state != Lane::ready) continue;
-        block.now = &lane, threadIdx = dim3(i, 0, 0);
-        if (_setjmp(block.scheduler) == 0) _longjmp(lane.at, 1);
-    }
+// Every lane of [first, last) that may goes on until it waits or ends.
+inline void advance(unsigned first, unsigned last) {
+    block.next = block.sequence + first, block.end = block.sequence + last;
+    go_on(&block.scheduler);
 }
-// Lets go whoever has met all the lanes of its mask at the same instruction; whether anybody has.
-inline bool meet(unsigned first, unsigned last) {
+// Lets go whoever has met all the lanes of its mask at the same instruction; whether anybody has. Nobody is ready then, so that whoever was
+// let go before has read what it was given.
+inline bool meet(Warp& w) {
     bool moved = false;
-    for (unsigned i = first; i < last; i++) {
-        Lane& lane = block.lanes[i];
-        if (lane.state != Lane::at_warp) continue;
-        bool all = true;
-        unsigned turns = 0, warp = i / 32 * 32, mask = lane.mask;
-        auto each = [&](auto f) {
-            for (unsigned j = 0; j < 32 && warp + j < last; j++)                // a last warp may not be full
-                if (mask >> j & 1) f(block.lanes[warp + j], j);
-        };
-        each([&](const Lane& other, unsigned j) {
-            turns |= (other.turn & 1u) << j;
-            all = all && other.state == Lane::at_warp && other.mask == mask && other.where == lane.where;
-        });
-        if (!all) continue;
-        each([&](Lane& other, unsigned) { other.state = Lane::ready, other.turns = turns; });
-        moved = true;
+    for (unsigned rest = w.at_warp; rest; ) {
+        unsigned i = (unsigned)__builtin_ctz(rest), mask = w.mask[i] & w.lanes;
+        bool all = mask >> i & 1 && (w.at_warp & mask) == mask;
+        for (unsigned left = mask; all && left; left &= left - 1) {
+            int j = __builtin_ctz(left);
+            all = w.mask[j] == w.mask[i] && w.where[j] == w.where[i];
+        }
+        rest &= all ? ~mask : rest - 1;
+        if (all) w.at_warp &= ~mask, w.ready |= mask, w.given = (w.given & ~mask) | (w.turn & mask), moved = true;
     }
     return moved;
 }
-// One block to its end. `order` also says whether its warps go on together, or each as far as the next barrier before another begins: on
-// a device they are anywhere between.
-inline void run_block(unsigned count, unsigned order) {
-    for (unsigned i = 0; i < count; i++) block.lanes[i].state = Lane::ready, block.lanes[i].groups = 0, block.lanes[i].copies.clear();
-    unsigned span = order / 3 % 2 ? 32 : count, spans = (count + span - 1) / span;
+// One block to its end: its warps go on together, or each (a span of 32 lanes) as far as the next barrier before another begins; on a
+// device they are anywhere between. `backwards`: the last one first.
+inline void run_block(unsigned count, unsigned span, bool backwards) {
+    unsigned spans = (count + span - 1) / span, warps = (count + 31) / 32;
+    for (unsigned i = 0; i < warps; i++) {
+        Warp& w = block.warps[i];
+        w.lanes = w.ready = count - 32 * i < 32 ? (1u << (count - 32 * i)) - 1 : ~0u, w.at_warp = w.at_block = 0;
+        for (int j = 0; j < 32 && block.late; j++) w.groups[j] = 0, w.copies[j].clear();
+    }
     for (;;) {
         for (unsigned n = 0; n < spans; n++) {
-            unsigned first = span * (order / 6 % 2 ? spans - 1 - n : n), last = min(first + span, count);
-            do advance(first, last, order); while (meet(first, last));
+            unsigned first = span * (backwards ? spans - 1 - n : n), last = min(first + span, count);
+            for (bool moved = true; moved; ) {
+                advance(first, last);
+                moved = false;
+                for (unsigned i = first / 32; i < (last + 31) / 32; i++) moved |= meet(block.warps[i]);
+            }
         }
-        unsigned left = 0, waiting = 0;
-        for (unsigned i = 0; i < count; i++) left += block.lanes[i].state != Lane::ended, waiting += block.lanes[i].state == Lane::at_block;
-        if (left == 0) return;
-        if (waiting != left) stuck(count);
-        for (unsigned i = 0; i < count; i++)
-            if (block.lanes[i].state == Lane::at_block) block.lanes[i].state = Lane::ready;
+        unsigned left = 0, at_warp = 0;
+        for (unsigned i = 0; i < warps; i++) left |= block.warps[i].at_block, at_warp |= block.warps[i].at_warp;
+        if (at_warp) stuck(count);
+        if (!left) return;
+        for (unsigned i = 0; i < warps; i++) block.warps[i].ready = block.warps[i].at_block, block.warps[i].at_block = 0;
     }
 }
 
-inline void wait_for_block() {
-    block.now->where = "__syncthreads", block.now->state = Lane::at_block, block.now->mask = 0;
+EMULATED_INLINE void wait_for_block() {
+    Warp& w = warp();
+    w.where[lane()] = "__syncthreads", w.mask[lane()] = 0, w.at_block |= 1u << lane();
     yield();
 }
-// Gives `size` bytes to the lanes of `mask` and waits for theirs; given(j) is what lane j of this warp gave.
-inline void exchange(const char* where, unsigned mask, const void* from, size_t size) {
-    Lane& lane = *block.now;
-    lane.turn++;
-    if (size) memcpy(lane.sent[lane.turn & 1], from, size);
-    lane.where = where, lane.mask = mask, lane.state = Lane::at_warp;
+template <class T> char* buffer(Warp& w, unsigned turn, unsigned j) {
+    static_assert(sizeof(T) <= sizeof w.many[0][0]);
+    return sizeof(T) <= sizeof w.few[0][0] ? w.few[turn & 1][j] : w.many[turn & 1][j];
+}
+// Gives v to the lanes of `mask` and waits for theirs; given<T>(j) is what lane j of this warp gave.
+template <class T> EMULATED_INLINE void exchange(const char* where, unsigned mask, const T& v) {
+    Warp& w = warp();
+    unsigned i = lane();
+    w.turn ^= 1u << i;
+    memcpy(buffer<T>(w, w.turn >> i, i), &v, sizeof v);
+    w.where[i] = where, w.mask[i] = mask, w.at_warp |= 1u << i;
     yield();
 }
-template <class T> T given(unsigned j) {
-    const Lane& lane = *block.now;
+template <class T> EMULATED_INLINE T given(unsigned j) {
+    Warp& w = warp();
     T v;
-    memcpy(&v, block.lanes[lane.index / 32 * 32 + j].sent[lane.turns >> j & 1], sizeof v);
+    memcpy(&v, buffer<T>(w, w.given >> j, j), sizeof v);
     return v;
 }
 
@@ -182,31 +227,33 @@ inline std::atomic<unsigned> launches{0};
 template <class... P> void launch(void (*kernel)(P...), dim3 grid, dim3 size, std::tuple<P...> arguments) {
     unsigned order = launches++ * 0x9E3779B1u >> 12;             // no period that a test's own could fall in step with
     struct Call { void (*kernel)(P...); std::tuple<P...>* arguments; } call = {kernel, &arguments};
-    #pragma omp parallel num_threads(omp_get_num_procs())
+    unsigned span = order / 3 % 2 ? 32 : size.x;
+    int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
+    #pragma omp parallel num_threads((int)min<int64_t>(blocks, omp_get_num_procs()))
     {
-        make_lanes(size.x);
+        make_lanes(size.x, span, order);
         blockDim = size, gridDim = grid, block.late = order / 12 % 2, block.arguments = &call;
         block.run = [](const void* p) {
             const Call& c = *(const Call*)p;
             std::apply(c.kernel, *c.arguments);
         };
         #pragma omp for schedule(dynamic)
-        for (unsigned b = 0; b < grid.x * grid.y * grid.z; b++) {
-            blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-            run_block(size.x, order);
+        for (int64_t b = 0; b < blocks; b++) {
+            blockIdx = dim3((unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y));
+            run_block(size.x, span, order / 6 % 2);
         }
     }
 }
 } // namespace emulated
 
-inline void __syncthreads() { emulated::wait_for_block(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::exchange("__syncwarp", mask, nullptr, 0); }
-template <class T> T __shfl_xor_sync(unsigned mask, T v, int d) {
-    emulated::exchange("__shfl_xor_sync", mask, &v, sizeof v);
-    return emulated::given<T>((emulated::block.now->index ^ (unsigned)d) % 32);
+EMULATED_INLINE void __syncthreads() { emulated::wait_for_block(); }
+EMULATED_INLINE void __syncwarp(unsigned mask = 0xffffffffu) { emulated::exchange("__syncwarp", mask, char()); }
+template <class T> EMULATED_INLINE T __shfl_xor_sync(unsigned mask, T v, int d) {
+    emulated::exchange("__shfl_xor_sync", mask, v);
+    return emulated::given<T>(emulated::lane() ^ (unsigned)d % 32);
 }
-template <class T> T __shfl_sync(unsigned mask, T v, int from) {
-    emulated::exchange("__shfl_sync", mask, &v, sizeof v);
+template <class T> EMULATED_INLINE T __shfl_sync(unsigned mask, T v, int from) {
+    emulated::exchange("__shfl_sync", mask, v);
     return emulated::given<T>((unsigned)from % 32);
 }
 inline void __stwb(uint4* p, uint4 v) { *p = v; }
