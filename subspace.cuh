@@ -56,9 +56,10 @@ inline void orthonormalise(Ctx& ctx, acc_t* z, int q, int64_t n, const SubspaceS
             });
         });
         for_rows<orthonormalise_gram, 128>(ctx, {(double)q * q * n * sizeof(acc_t), (double)q * q * n}, q * q, KERNEL(Group<128> g, int64_t p) {
-            const acc_t *a = z + p / q * n, *b = z + p % q * n;
-            if (p % q > p / q || (pass == 2 && !state[q])) return;                  // the lower triangle
-            double d = g.sum_double((int)n, [=](int i) { return (double)a[i] * b[i]; });
+            int i = (int)p / q, j = (int)p % q;
+            if (j > i || (pass == 2 && !state[q])) return;                          // the lower triangle
+            const acc_t *a = z + i * n, *b = z + j * n;
+            double d = g.sum_double((int)n, [=](int t) { return (double)a[t] * b[t]; });
             if (g.lane() == 0) gram[p] = d;
         });
         // L L^T = Gram, rows of unit length: a pivot this small means a row that depends on those before it. It is made zero (an
@@ -143,10 +144,11 @@ inline void refresh_basis(Ctx& ctx, acc_t* basis, int k, const Mat& source, int6
     const acc_t* y = s.y;
     int* state = s.state;
     for_rows<ritz_gram, 128>(ctx, {}, q * q, KERNEL(Group<128> g, int64_t p) {
-        const acc_t *a = y + p / q * n, *b = y + p % q * n;
-        if (p % q > p / q) return;
-        double d = g.sum_double((int)n, [=](int i) { return (double)a[i] * b[i]; });
-        if (g.lane() == 0) h[p] = h[p % q * q + p / q] = d, v[p] = p / q == p % q, v[p % q * q + p / q] = p / q == p % q;
+        int i = (int)p / q, j = (int)p % q;
+        if (j > i) return;
+        const acc_t *a = y + i * n, *b = y + j * n;
+        double d = g.sum_double((int)n, [=](int t) { return (double)a[t] * b[t]; });
+        if (g.lane() == 0) h[p] = h[j * q + i] = d, v[p] = v[j * q + i] = i == j;
     });
     // Jacobi: rotations in the order of a round-robin tournament, q / 2 disjoint pairs at a time, until the off-diagonal is noise.
     for_rows<ritz_jacobi, 128>(ctx, {}, 1, KERNEL(Group<128> g, int64_t) {
