@@ -118,9 +118,8 @@ test-asan:
 	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -O1" test
 
 # --- the GPU side of the sources, compiled by a C++ compiler against an emulated device; act_t is bf16 here, as on a GPU -------------
-# (test_subspace and test_metis are left out of the default: the barriers of their Jacobi are millions of switches.)
 LADDERS  = ladder_quantise ladder_attention
-EMULATE  = test_kernels test_matmul test_quantise test_linear test_golden $(LADDERS)
+EMULATE  = test_kernels test_matmul test_quantise test_linear test_subspace test_metis test_golden $(LADDERS)
 EMULATED = $(patsubst %,build/emulated/%,$(EMULATE))
 vpath test_%.cu test
 vpath ladder_%.cu dev

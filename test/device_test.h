@@ -20,6 +20,13 @@ constexpr double u = 0x1p-24, act_u = sizeof(act_t) == 2 ? 0x1p-8 : u;
 // Additions that a term of a Group's sum of n goes through at most: 16 partial sums on the CPU, W >= 8 lanes and 32 warps on a GPU.
 inline double depth(int64_t n) { return n / 8. + 40; }
 
+// The emulated device takes microseconds for an addition: there a test repeats less often what is the algorithm's, not the machine's.
+#ifdef METIS_EMULATED
+constexpr bool on_emulated = true;
+#else
+constexpr bool on_emulated = false;
+#endif
+
 inline bool verbose = false;              // -v: how much of its tolerance each test used
 
 inline void begin(int argc, char** argv) {

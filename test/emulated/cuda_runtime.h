@@ -62,6 +62,7 @@ namespace emulated {
 struct Warp {
     unsigned lanes = 0;                         // a bit for each: a last warp may not be full
     unsigned ready = 0, at_warp = 0, at_block = 0;      // which may go on, wait for others of the warp, wait for the block; else ended
+    unsigned fresh = 0;                         // which have not begun
     unsigned turn = 0;                          // which of two buffers lane j gave last: they take turns, for a lane may run ahead by one
     unsigned given = 0;                         // the same when lane j was let go
     unsigned mask[32];                          // the lanes that take part in what lane j waits at
@@ -94,24 +95,31 @@ constexpr size_t stack_bytes = 256 << 10;
 EMULATED_INLINE unsigned lane() { return block.now % 32; }
 EMULATED_INLINE Warp& warp() { return block.warps[block.now / 32]; }
 
-// Leaves the stack that runs, which *from will hold, for the next lane that may go on. false: there is none.
-EMULATED_INLINE bool go_on(void** from) {
+// The next lane that may go on has its turn; false: there is none. The stack is still that of the one before.
+EMULATED_INLINE bool next_lane() {
     while (block.next < block.end) {
         unsigned i = *block.next++, bit = 1u << i % 32;
         Warp& w = block.warps[i / 32];
         if (!(w.ready & bit)) continue;
-        w.ready &= ~bit, block.now = threadIdx.x = i;
-        return emulated_switch(from, w.stack[i % 32]), true;
+        return w.ready &= ~bit, block.now = threadIdx.x = i, true;
     }
     return false;
 }
 // Leaves the lane until it has its turn again.
 EMULATED_INLINE void yield() {
     void** from = &warp().stack[lane()];
-    if (!go_on(from)) emulated_switch(from, block.scheduler);
+    emulated_switch(from, next_lane() ? warp().stack[lane()] : block.scheduler);
 }
-inline void enter() {                           // where every lane's stack begins
-    for (;;) block.run(block.arguments), yield();
+// Where every stack begins. A lane that ends leaves its own to the next if that has not begun: most kernels wait nowhere.
+inline void enter() {
+    for (;;) {
+        warp().fresh &= ~(1u << lane());
+        block.run(block.arguments);
+        void** from = &warp().stack[lane()];
+        bool more = next_lane();
+        if (more && warp().fresh >> lane() & 1) *from = warp().stack[lane()];
+        else emulated_switch(from, more ? warp().stack[lane()] : block.scheduler);
+    }
 }
 // Lanes outlive launches: each waits in enter() for the next.
 inline void make_lanes(unsigned count, unsigned span, unsigned order) {
@@ -153,7 +161,7 @@ inline void make_lanes(unsigned count, unsigned span, unsigned order) {
 // Every lane of [first, last) that may goes on until it waits or ends.
 inline void advance(unsigned first, unsigned last) {
     block.next = block.sequence + first, block.end = block.sequence + last;
-    go_on(&block.scheduler);
+    if (next_lane()) emulated_switch(&block.scheduler, warp().stack[lane()]);
 }
 // Lets go whoever has met all the lanes of its mask at the same instruction; whether anybody has. Nobody is ready then, so that whoever was
 // let go before has read what it was given.
@@ -177,7 +185,7 @@ inline void run_block(unsigned count, unsigned span, bool backwards) {
     unsigned spans = (count + span - 1) / span, warps = (count + 31) / 32;
     for (unsigned i = 0; i < warps; i++) {
         Warp& w = block.warps[i];
-        w.lanes = w.ready = count - 32 * i < 32 ? (1u << (count - 32 * i)) - 1 : ~0u, w.at_warp = w.at_block = 0;
+        w.lanes = w.ready = w.fresh = count - 32 * i < 32 ? (1u << (count - 32 * i)) - 1 : ~0u, w.at_warp = w.at_block = 0;
         for (int j = 0; j < 32 && block.late; j++) w.groups[j] = 0, w.copies[j].clear();
     }
     for (;;) {
