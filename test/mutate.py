@@ -62,6 +62,7 @@ MUTATIONS = [
     ("carrier: nothing is ever lost", "fp4.cuh", "(held != q ? 1.f : 0.f)", "0.f"),
     ("carrier: one MX rule for all tensor scales", "fp4.cuh", "int e = (int)(ceil ? e8m0_ceil(amax, e2m1) : e8m0_floor(amax, e2m1))", "int e = (int)e8m0_ceil(amax, e2m1)"),
     ("carrier: packed in blocks of 32", "fp4.cuh", "has_scale_bytes(c) ? block_length(c.format) : 16", "block_length(c.format)"),
+    ("carrier: tensor scales taken over between MX rules", "metis.cuh", "a.scale == b.scale && a.carrier", "a.carrier"),
     ("carrier: tensor scales taken over between carriers", "metis.cuh", " && a.carrier == b.carrier && scale_rule(a)", " && scale_rule(a)"),
     # Hadamard
     ("Hadamard: one fixed sign", "fp4.cuh", "const uint32_t fixed = 0xd7e8;", "const uint32_t fixed = 0xd7ec;"),
