@@ -5,6 +5,8 @@
 //     tensor_scale()   amax of the whole matrix -> S_enc, S_dec                    (only formats with a tensor scale; of row amaxes, if noted)
 //     quantise()       tile by tile: load, Hadamard, amax of every block -> block scale, round every element, store
 //
+// Both operands that one matrix becomes, along its rows and down its columns, can be made in one such pass: quantise() takes a list of jobs.
+//
 // What it stores is *code times block scale*, exactly, in bf16: at most 4 significant bits times 4, or times a power of two. A bf16
 // GEMM of such operands with float accumulation, its result multiplied by both S_dec, multiplies the very numbers that an FP4 tensor
 // core multiplies; only the order of the float additions differs. (In bf16's normal range: a product below 2^-126 may lose bits.)
@@ -129,21 +131,21 @@ inline bool operator==(Operand a, Operand b) {
            a.carrier == b.carrier;
 }
 
-inline bool is_quantised(Format f) { return f > Format::bf16; }
-inline bool has_blocks(Format f) { return f >= Format::mxfp8; }
-inline bool is_float_stored(Format f) { return f == Format::f32 || f == Format::e2m1; }      // no bf16 holds its values
-inline bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
-inline bool is_4bit(Format f) { return f >= Format::nvfp4; }
-inline int block_length(Format f) { return is_mx(f) ? 32 : 16; }
+HD bool is_quantised(Format f) { return f > Format::bf16; }
+HD bool has_blocks(Format f) { return f >= Format::mxfp8; }
+HD bool is_float_stored(Format f) { return f == Format::f32 || f == Format::e2m1; }      // no bf16 holds its values
+HD bool is_mx(Format f) { return f == Format::mxfp4 || f == Format::mxfp8; }
+HD bool is_4bit(Format f) { return f >= Format::nvfp4; }
+HD int block_length(Format f) { return is_mx(f) ? 32 : 16; }
 inline Minifloat element_of(Format f) { return is_4bit(f) ? e2m1 : f == Format::fp8_e5m2 ? e5m2 : e4m3; }
 
 // A GPU without FP4 units has FP8 ones, and an E2M1 code times a power of two is an FP8 number: exactly, over 15 binades of scales in E4M3
 // and 29 in E5M2. So 4-bit operands with power-of-two block scales (MXFP4; NVFP4 under po2) go through FP8 units, their largest scale where
 // FP8 ends and one float a tensor for the rest. Blocks further below lose bits, on all machines alike; the tally counts them (lost).
-inline bool is_carried(Operand c) { return c.carrier != Carrier::own; }
+HD bool is_carried(Operand c) { return c.carrier != Carrier::own; }
 inline Minifloat stored_as(Operand c) { return c.carrier == Carrier::e4m3 ? e4m3 : c.carrier == Carrier::e5m2 ? e5m2 : element_of(c.format); }
-inline bool has_scale_bytes(Operand c) { return has_blocks(c.format) && !is_carried(c); }
-inline bool has_tensor_scale(Operand c) { return c.format == Format::fp8 || c.format == Format::fp8_e5m2 || c.format == Format::nvfp4 || is_carried(c); }
+HD bool has_scale_bytes(Operand c) { return has_blocks(c.format) && !is_carried(c); }
+HD bool has_tensor_scale(Operand c) { return c.format == Format::fp8 || c.format == Format::fp8_e5m2 || c.format == Format::nvfp4 || is_carried(c); }
 // The exponent of the largest power-of-two block scale that c's storage has room for: 6 times it is the largest value.
 inline int top_exponent(Operand c) { return c.carrier == Carrier::e4m3 ? 6 : c.carrier == Carrier::e5m2 ? 13 : 8; }
 
@@ -177,18 +179,20 @@ struct QuantStage {
     float sign[128];
 };
 
-// How a matrix is cut into tiles of R x C elements, C = 2^shift. Column blocks need all rows of a Hadamard or a block at once.
+// How a matrix is cut into tiles of R x C elements, C = 2^shift. Column blocks need all rows of a Hadamard or a block at once: tile_height().
 struct TileShape {
     bool along_row;
     int R, shift, C;
     int64_t rows, cols, across, count;
 };
-inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols) {
+inline bool lies_along_row(Operand c, Axis axis) { return axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square); }
+inline int tile_height(Operand c, Axis axis) { return lies_along_row(c, axis) ? 16 : std::max(has_blocks(c.format) ? block_length(c.format) : 16, c.hadamard); }
+inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols, int height = 0) {      // at least `height` rows a tile
     TileShape s;
-    s.along_row = axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square);
-    int need = s.along_row ? 16 : std::max(has_blocks(c.format) ? block_length(c.format) : 16, c.hadamard);
+    s.along_row = lies_along_row(c, axis);
+    height = std::max(height, tile_height(c, axis));
     s.C = 256, s.shift = 8;
-    while (s.C > 32 && (tile_size / s.C < need || s.C / 2 >= cols)) s.C /= 2, s.shift--;      // narrow matrices: more rows a tile
+    while (s.C > 32 && (tile_size / s.C < height || s.C / 2 >= cols)) s.C /= 2, s.shift--;      // narrow matrices: more rows a tile
     s.R = tile_size / s.C;
     s.rows = rows, s.cols = cols;
     s.across = (cols + s.C - 1) / s.C;
@@ -252,9 +256,12 @@ template <class G, class T> struct NextTile {
     const T* corner;
     int64_t ld;
     int shift;
-    HD NextTile(G, const TileShape& t, const T* from, int64_t r0, int64_t c0)
-        : corner(from + (c0 + t.C < t.cols ? r0 * t.cols + c0 + t.C : (r0 + t.R) * t.cols)), ld(t.cols), shift(t.shift) {}
-    HD void operator()(int k, int n) const { G::fetch(corner + (k >> shift) * ld + (k & ((1 << shift) - 1)), n); }
+    bool wanted;
+    HD NextTile(G, const TileShape& t, const T* from, int64_t r0, int64_t c0, bool want = true)
+        : corner(from + (c0 + t.C < t.cols ? r0 * t.cols + c0 + t.C : (r0 + t.R) * t.cols)), ld(t.cols), shift(t.shift), wanted(want) {}
+    HD void operator()(int k, int n) const {
+        if (wanted) G::fetch(corner + (k >> shift) * ld + (k & ((1 << shift) - 1)), n);
+    }
 };
 
 // In place: every n elements along the axis times their signs, then times the n x n Sylvester-Hadamard matrix over sqrt(n).
@@ -367,9 +374,9 @@ struct Packed {
     uint8_t *codes = nullptr, *scales = nullptr;
     ScaleOrder order = ScaleOrder::plain;
 };
-inline int packed_block(Operand c) { return has_scale_bytes(c) ? block_length(c.format) : 16; }
-inline bool is_nibbles(Operand c) { return is_4bit(c.format) && !is_carried(c); }
-inline int64_t packed_inner(Operand c, int64_t inner) { return (inner + packed_block(c) - 1) / packed_block(c) * packed_block(c); }
+HD int packed_block(Operand c) { return has_scale_bytes(c) ? block_length(c.format) : 16; }
+HD bool is_nibbles(Operand c) { return is_4bit(c.format) && !is_carried(c); }
+HD int64_t packed_inner(Operand c, int64_t inner) { return (inner + packed_block(c) - 1) / packed_block(c) * packed_block(c); }
 inline size_t packed_bytes(Operand c, int64_t outer, int64_t inner) { return (size_t)(outer * packed_inner(c, inner) / (is_nibbles(c) ? 2 : 1)); }
 HD int64_t scale_offset(int64_t r, int64_t b, int64_t blocks, ScaleOrder order) {
     if (order == ScaleOrder::plain) return r * blocks + b;
@@ -382,7 +389,9 @@ inline size_t packed_scale_bytes(Operand c, int64_t outer, int64_t inner, ScaleO
 
 constexpr int64_t amax_chunk = 16384;
 inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
-    int64_t tiles = std::max(tile_shape(c, Axis::row, rows, cols).count, tile_shape(c, Axis::column, rows, cols).count);
+    int64_t tiles = 0;
+    for (int height = 16; height <= 128; height *= 2)                              // beside another operand tiles may be higher than its own
+        for (Axis axis : {Axis::row, Axis::column}) tiles = std::max(tiles, tile_shape(c, axis, rows, cols, height).count);
     return std::max((rows * cols + amax_chunk - 1) / amax_chunk, tiles + tally_sums * (tiles / tally_every + 1));
 }
 
@@ -481,160 +490,201 @@ HD BlockScale float_scale(float amax) {
 HD void store_exact(bf16* p, float v) { p->bits = (uint16_t)(bits_of(v) >> 16); }
 template <class T> HD void store_exact(T* p, float v) { *p = v; }
 
-// to (rows x cols, q.ld apart) = code times block scale of every element of `from`; and, where asked, the packed form.
-// Call tensor_scale() first for formats that have one.
-template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* to, const From* from, Packed packed = {}) {
-    TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
-    Operand cell = q.cell;
-    RandomKey key = q.key, sign_key = q.sign_key;
-    Minifloat f = element_of(cell.format);
-    ScaleRule rule = scale_rule(cell);
-    bool blocks = has_blocks(cell.format), mx = is_mx(cell.format), square = blocks && cell.block == Block::square, wide = block_length(cell.format) == 32;
-    bool stochastic = cell.rounding == Rounding::stochastic, choose = cell.format == Format::nvfp4 && cell.scale == Scale::four_six;
-    bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell), down = q.axis == Axis::column, nibbles = is_nibbles(cell);
-    bool carried = is_carried(cell), po2 = cell.scale == Scale::po2, codes = packed.codes && !carried;
-    Minifloat holder = stored_as(cell);
-    float most = std::ldexp(1.f, top_exponent(cell));
-    const float* scale = q.scale;
-    float* tally = q.tally ? q.partial + t.count : nullptr;
-    const acc_t *low_a = q.low_a, *low_b = q.low_b;
-    int low_k = q.k;
+// One of the operands that a launch makes: where its values (rows x cols, call.ld apart; null: nowhere) and its packed form go. Below, what
+// quantise() works out of the call's cell.
+template <class To> struct QuantJob {
+    QuantCall call;
+    To* to = nullptr;
+    Packed packed = {};
+    TileShape tiles = {};
+    Minifloat element = {}, holder = {};
+    ScaleRule rule = {};
+    float most = 0;                 // the largest power-of-two block scale
+};
+
+template <class To, int n> struct QuantJobs { QuantJob<To> job[n]; };            // a struct, which a kernel can be given
+
+// Whether one pass over a matrix can make both operands: a tile as high as both want must be as wide as a Hadamard along its rows.
+inline bool in_one_pass(Operand a, Axis axis_a, Operand b, Axis axis_b) {
+    int width = tile_size / std::max({tile_height(a, axis_a), tile_height(b, axis_b), 16});
+    auto fits = [=](Operand c, Axis axis) { return !lies_along_row(c, axis) || c.hadamard <= width; };
+    return fits(a, axis_a) && fits(b, axis_b);
+}
+
+// Tile i of one operand. `last`: no other operand is made of this tile, and the next one may be fetched.
+template <class G, class To, class From> HD void quantise_tile(G g, const QuantJob<To>& job, int64_t i, QuantStage& s, const From* from, bool last) {
+    const QuantCall& q = job.call;
+    const TileShape t = job.tiles;
+    const Operand cell = q.cell;
+    const Minifloat f = job.element, holder = job.holder;
+    const ScaleRule rule = job.rule;
+    const Packed packed = job.packed;
+    const float most = job.most, *scale = q.scale;
+    const bool blocks = has_blocks(cell.format), mx = is_mx(cell.format), square = blocks && cell.block == Block::square, wide = block_length(cell.format) == 32;
+    const bool stochastic = cell.rounding == Rounding::stochastic, choose = cell.format == Format::nvfp4 && cell.scale == Scale::four_six;
+    const bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell), down = q.axis == Axis::column, nibbles = is_nibbles(cell);
+    const bool carried = is_carried(cell), po2 = cell.scale == Scale::po2, codes = packed.codes && !carried;
+    float* tally = q.tally && i % tally_every == 0 ? q.partial + t.count + tally_sums * (i / tally_every) : nullptr;
+    To* to = job.to;
     int64_t to_ld = q.ld ? q.ld : q.cols;
-    int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / packed_block(cell);
-    (void)outer;
-    Cost cost = {(double)q.rows * q.cols * (sizeof(From) + (to ? sizeof(To) : 0) + (packed.codes ? 1 : 0)), 0};
-    for_tiles<quantise_tiles, QuantStage>(ctx, cost, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
-        int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
-        float S_enc = tensor ? scale[0] : 1.f, S_dec = tensor ? scale[1] : 1.f;
-        load_tile(g, t, s.v, from, r0, c0);
-        float energy = 0;                                               // of the whole operand, before anything is taken away
-        if (tally && i % tally_every == 0) energy = (float)g.sum(tile_size, [](acc_t v) { return v * v; }, (const float*)s.v);
-        if (low_k) subtract(g, t, s, low_a, low_b, low_k, r0, c0);
-        if (cell.hadamard) {
-            hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
-            hadamard(g, t, s.v, cell.hadamard, s.sign);
-        }
-        if (stochastic) draw_tile(g, t, s.random, key, r0, c0);
-        int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-        To* corner = to + r0 * to_ld + c0;
-        if (to) for (int r = 0; r < height; r++) g.fetch(corner + r * to_ld, width);
+    int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
+    float S_enc = tensor ? scale[0] : 1.f, S_dec = tensor ? scale[1] : 1.f;
+    load_tile(g, t, s.v, from, r0, c0);
+    float energy = 0;                                               // of the whole operand, before anything is taken away
+    if (tally) energy = (float)g.sum(tile_size, [](acc_t v) { return v * v; }, (const float*)s.v);
+    if (q.k) subtract(g, t, s, q.low_a, q.low_b, q.k, r0, c0);
+    if (cell.hadamard) {
+        hadamard_signs(g, s.sign, cell.signs, philox(q.sign_key, 0));
+        hadamard(g, t, s.v, cell.hadamard, s.sign);
+    }
+    if (stochastic) draw_tile(g, t, s.random, q.key, r0, c0);
+    int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+    To* corner = to + r0 * to_ld + c0;
+    if (to) for (int r = 0; r < height; r++) g.fetch(corner + r * to_ld, width);
 
-        // Scales of every unit.
-        if (blocks) {
-            auto larger = [](float a, float b) { return a > b ? a : b; };
-            units(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, larger);
-            combine(g, t, s.amax, s.group, square, wide, larger);
-        }
-        float per_amax = S_enc * rule.inverse_top;
-        if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
-        else if (mx) g.each(tile_units, [&](int u) {
-            BlockScale b = mx_scale(s.amax[u], f, ceil);
-            s.enc[u] = b.code, s.dec[u] = b.value * S_enc;                     // 1 unless carried
-        });
-        else if (cell.format == Format::e2m1) g.each(tile_units, [&](int u) {
-            BlockScale b = float_scale(s.amax[u]);
-            s.enc[u] = b.code, s.dec[u] = b.value;
-        });
-        else g.each(tile_units, [&](int u) {
-            float base = s.amax[u] * per_amax;
-            base = base < 3.40282347e38f ? base : 3.40282347e38f;
-            BlockScale b = po2 ? po2_scale(base, S_dec, most) : nvfp4_scale(base, S_dec);
-            s.enc[u] = b.code, s.dec[u] = b.value;
-        });
-        g.sync();
-        auto nearest = [&](float v, int) { return round_nearest(v, f); };
-        auto random = [&](float v, int k) { return round_stochastic(v, s.random[k], f); };
-
-        // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
-        auto sum = [](float a, float b) { return a + b; };
-        if (choose) {
-            g.each(tile_units, [&](int u) {
-                float base = s.amax[u] * per_amax;
-                BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
-                s.enc4[u] = b.code, s.dec4[u] = b.value;
-            });
-            g.sync();
-            auto errors = [&](auto round, const float* enc, const float* dec, float* to) {
-                units(g, t, to, [&](int k, int u) {
-                    float d = round(s.v[k] * enc[u], k) * dec[u] * S_dec - s.v[k];
-                    return d * d;
-                }, sum);
-            };
-            if (stochastic) errors(random, s.enc, s.dec, s.err6), errors(random, s.enc4, s.dec4, s.err4);
-            else errors(nearest, s.enc, s.dec, s.err6), errors(nearest, s.enc4, s.dec4, s.err4);
-            combine(g, t, s.err6, s.group, square, false, sum);
-            combine(g, t, s.err4, s.group, square, false, sum);
-            g.each(tile_units, [&](int u) {
-                bool four = s.err4[u] < s.err6[u];
-                s.enc[u] = four ? s.enc4[u] : s.enc[u], s.dec[u] = four ? s.dec4[u] : s.dec[u];
-            });
-            g.sync();
-        }
-
-        if (tally && i % tally_every == 0)
-            for (int what = 0; what < tally_sums; what++) {
-                units(g, t, s.err4, [&](int k, int u) {
-                    float x = s.v[k], code = x * s.enc[u], q = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u];
-                    float held = carried ? round_nearest(q, holder) : q, y = held * S_dec;
-                    return what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
-                         : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
-                         : what == 5 ? (held != q ? 1.f : 0.f)
-                         : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
-                }, sum);
-                g.sync();
-                float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
-                if (g.lane() == 0) tally[tally_sums * (i / tally_every) + what] = what == 1 ? energy : total;
-                g.sync();
-            }
-
-        // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
-        NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
-        if (codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
-        else if (codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
-        else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
-        else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; }, ahead);
-        g.sync();
-        if (carried) {
-            elements(g, t, [&](int k, int) { s.v[k] = round_nearest(s.v[k], holder); });
-            g.sync();
-        }
-        if (packed.codes) {
-            int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
-            int64_t o0 = down ? c0 : r0, i0 = down ? r0 : c0, ld = nibbles ? inner / 2 : inner, step = nibbles ? 2 : 1;
-            g.each(tile_size / (int)step, [&](int j) {
-                int in = (int)(j * step) % long_, out_ = (int)(j * step) / long_;
-                if (o0 + out_ >= outer || i0 + in >= inner) return;
-                int k = down ? (in << t.shift) + out_ : (out_ << t.shift) + in, next = k + (down ? t.C : 1);
-                uint8_t code = encode(s.v[k], holder);
-                if (nibbles) code = (uint8_t)(code | encode(s.v[next], holder) << 4);
-                packed.codes[(o0 + out_) * ld + (i0 + in) / step] = code;
-            });
-            int length = wide ? 32 : 16;
-            if (blocks && !carried) g.each(tile_size / length, [&](int j) {
-                int in = j * length % long_, out_ = j * length / long_;
-                if (o0 + out_ >= outer || i0 + in >= inner) return;
-                int r = down ? in : out_, c = down ? out_ : in;
-                float d = s.dec[t.along_row ? ((r << t.shift) + c) / 16 : (r / 16 << t.shift) + c];
-                uint8_t byte = mx ? (uint8_t)(is_finite(d) ? bits_of(d) >> 23 : 255) : encode(d, e4m3);
-                packed.scales[scale_offset(o0 + out_, (i0 + in) / length, per_row, packed.order)] = byte;
-            });
-        }
-        if (!to) return;
-        if (codes) {
-            g.sync();
-            elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
-            g.sync();
-        }
-        g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * to_ld + c, s.v[(r << t.shift) + c]); });
+    // Scales of every unit.
+    if (blocks) {
+        auto larger = [](float a, float b) { return a > b ? a : b; };
+        units(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, larger);
+        combine(g, t, s.amax, s.group, square, wide, larger);
+    }
+    float per_amax = S_enc * rule.inverse_top;
+    if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
+    else if (mx) g.each(tile_units, [&](int u) {
+        BlockScale b = mx_scale(s.amax[u], f, ceil);
+        s.enc[u] = b.code, s.dec[u] = b.value * S_enc;                     // 1 unless carried
     });
-    if (q.tally) {
-        float* totals = q.tally;
-        const float* parts = q.partial + t.count;
-        int64_t sampled = (t.count + tally_every - 1) / tally_every;
+    else if (cell.format == Format::e2m1) g.each(tile_units, [&](int u) {
+        BlockScale b = float_scale(s.amax[u]);
+        s.enc[u] = b.code, s.dec[u] = b.value;
+    });
+    else g.each(tile_units, [&](int u) {
+        float base = s.amax[u] * per_amax;
+        base = base < 3.40282347e38f ? base : 3.40282347e38f;
+        BlockScale b = po2 ? po2_scale(base, S_dec, most) : nvfp4_scale(base, S_dec);
+        s.enc[u] = b.code, s.dec[u] = b.value;
+    });
+    g.sync();
+    auto nearest = [&](float v, int) { return round_nearest(v, f); };
+    auto random = [&](float v, int k) { return round_stochastic(v, s.random[k], f); };
+
+    // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
+    auto sum = [](float a, float b) { return a + b; };
+    if (choose) {
+        g.each(tile_units, [&](int u) {
+            float base = s.amax[u] * per_amax;
+            BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
+            s.enc4[u] = b.code, s.dec4[u] = b.value;
+        });
+        g.sync();
+        auto errors = [&](auto round, const float* enc, const float* dec, float* to) {
+            units(g, t, to, [&](int k, int u) {
+                float d = round(s.v[k] * enc[u], k) * dec[u] * S_dec - s.v[k];
+                return d * d;
+            }, sum);
+        };
+        if (stochastic) errors(random, s.enc, s.dec, s.err6), errors(random, s.enc4, s.dec4, s.err4);
+        else errors(nearest, s.enc, s.dec, s.err6), errors(nearest, s.enc4, s.dec4, s.err4);
+        combine(g, t, s.err6, s.group, square, false, sum);
+        combine(g, t, s.err4, s.group, square, false, sum);
+        g.each(tile_units, [&](int u) {
+            bool four = s.err4[u] < s.err6[u];
+            s.enc[u] = four ? s.enc4[u] : s.enc[u], s.dec[u] = four ? s.dec4[u] : s.dec[u];
+        });
+        g.sync();
+    }
+
+    if (tally)
+        for (int what = 0; what < tally_sums; what++) {
+            units(g, t, s.err4, [&](int k, int u) {
+                float x = s.v[k], code = x * s.enc[u], q = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u];
+                float held = carried ? round_nearest(q, holder) : q, y = held * S_dec;
+                return what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
+                     : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
+                     : what == 5 ? (held != q ? 1.f : 0.f)
+                     : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
+            }, sum);
+            g.sync();
+            float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
+            if (g.lane() == 0) tally[what] = what == 1 ? energy : total;
+            g.sync();
+        }
+
+    // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
+    NextTile<G, From> ahead(g, t, from, r0, c0, last);
+    if (codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
+    else if (codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
+    else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
+    else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; }, ahead);
+    g.sync();
+    if (carried) {
+        elements(g, t, [&](int k, int) { s.v[k] = round_nearest(s.v[k], holder); });
+        g.sync();
+    }
+    if (packed.codes) {
+        int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / packed_block(cell);
+        int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
+        int64_t o0 = down ? c0 : r0, i0 = down ? r0 : c0, ld = nibbles ? inner / 2 : inner, step = nibbles ? 2 : 1;
+        g.each(tile_size / (int)step, [&](int j) {
+            int in = (int)(j * step) % long_, out_ = (int)(j * step) / long_;
+            if (o0 + out_ >= outer || i0 + in >= inner) return;
+            int k = down ? (in << t.shift) + out_ : (out_ << t.shift) + in, next = k + (down ? t.C : 1);
+            uint8_t code = encode(s.v[k], holder);
+            if (nibbles) code = (uint8_t)(code | encode(s.v[next], holder) << 4);
+            packed.codes[(o0 + out_) * ld + (i0 + in) / step] = code;
+        });
+        int length = wide ? 32 : 16;
+        if (blocks && !carried) g.each(tile_size / length, [&](int j) {
+            int in = j * length % long_, out_ = j * length / long_;
+            if (o0 + out_ >= outer || i0 + in >= inner) return;
+            int r = down ? in : out_, c = down ? out_ : in;
+            float d = s.dec[t.along_row ? ((r << t.shift) + c) / 16 : (r / 16 << t.shift) + c];
+            uint8_t byte = mx ? (uint8_t)(is_finite(d) ? bits_of(d) >> 23 : 255) : encode(d, e4m3);
+            packed.scales[scale_offset(o0 + out_, (i0 + in) / length, per_row, packed.order)] = byte;
+        });
+    }
+    if (!to) return;
+    if (codes) {
+        g.sync();
+        elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
+        g.sync();
+    }
+    g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * to_ld + c, s.v[(r << t.shift) + c]); });
+}
+
+// Every job's operand of one matrix, which is read once: a tile stays near the lanes while each job takes its turn with it. What a job
+// makes: code times block scale of every element; and, where asked, the packed form. Call tensor_scale() first for formats that have one;
+// jobs' `partial` and `scale` are their own.
+template <class To, int n, class From> void quantise(Ctx& ctx, QuantJobs<To, n> jobs, const From* from) {
+    Cost cost = {(double)jobs.job[0].call.rows * jobs.job[0].call.cols * sizeof(From), 0};
+    int height = 0;
+    for (const QuantJob<To>& j : jobs.job) height = std::max(height, tile_height(j.call.cell, j.call.axis));
+    for (QuantJob<To>& j : jobs.job) {
+        Operand cell = j.call.cell;
+        j.tiles = tile_shape(cell, j.call.axis, j.call.rows, j.call.cols, height);
+        j.element = element_of(cell.format), j.holder = stored_as(cell), j.rule = scale_rule(cell), j.most = std::ldexp(1.f, top_exponent(cell));
+        cost.bytes += (double)j.call.rows * j.call.cols * ((j.to ? sizeof(To) : 0) + (j.packed.codes ? 1 : 0));
+    }
+    const int64_t tiles = jobs.job[0].tiles.count;
+    for_tiles<quantise_tiles, QuantStage>(ctx, cost, tiles, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
+        for (int k = 0; k < n; k++) {
+            if (k) g.sync();
+            quantise_tile(g, jobs.job[k], i, s, from, k == n - 1);
+        }
+    });
+    for (const QuantJob<To>& j : jobs.job) {
+        if (!j.call.tally) continue;
+        float* totals = j.call.tally;
+        const float* parts = j.call.partial + tiles;
+        int64_t sampled = (tiles + tally_every - 1) / tally_every;
         for_rows<quantise_tally, 8>(ctx, {}, tally_sums, KERNEL(Group<8> g, int64_t what) {
             float total = 0;
             for (int64_t k = 0; k < sampled; k++) total += parts[tally_sums * k + what];
             if (g.lane() == 0) totals[what] += total;
         });
     }
+}
+// One operand.
+template <class To, class From> void quantise(Ctx& ctx, const QuantCall& q, To* to, const From* from, Packed packed = {}) {
+    quantise(ctx, QuantJobs<To, 1>{{{q, to, packed}}}, from);
 }

@@ -642,7 +642,6 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     m.y = scratch.take<act_t>(N * C);
     m.row_loss = scratch.take<acc_t>(N), m.sums = scratch.take<acc_t>(2);
     m.head_rows = head_chunk(N, V);
-    m.logits = scratch.take<acc_t>(m.head_rows * V);
     m.tokens = scratch.take<int>(N), m.targets = scratch.take<int>(N);
     if (train) {
         m.dx = scratch.take<act_t>(N * C), m.dh = scratch.take<act_t>(N * std::max(C, A)), m.d_wide = scratch.take<act_t>(N * std::max(F, Q));
@@ -650,17 +649,18 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
         m.norm_partial = scratch.take<acc_t>(3 * chunks_of(m.arena));
         m.bucket_token = scratch.take<int>(N), m.bucket_start = scratch.take<int>(N + 1), m.bucket_order = scratch.take<int>(N);
     }
-    // Operands of the widest GEMM (a holds X or D, b holds W or X) under every row that may run.
-    size_t a = 0, b = 0;
+    // Operands of the widest GEMM (a holds X or D, b holds W or X, d the second of D) under every row that may run.
+    size_t a = 0, b = 0, d = 0;
     int64_t partials = 0;
     Type act = type_of<act_t>(), acc = type_of<acc_t>();
-    auto widen = [&](const Recipe& r, int64_t rows, int64_t in, int64_t out, Type d) {
+    auto widen = [&](const Recipe& r, int64_t rows, int64_t in, int64_t out, Type grad) {
         const Operand* c = r.cell;
         auto bytes = [&](Which which, Type source, int64_t outer, int64_t contracted) {
             int64_t thin = thin_columns(r, which, m.k), elements = outer * (contracted + thin);
             return thin ? elements * size_of(operand_type(c[which].format)) : operand_bytes(c[which], source, elements);
         };
-        a = std::max({a, bytes(fprop_x, act, rows, in), bytes(dgrad_d, d, rows, out), bytes(wgrad_d, d, out, rows)});
+        a = std::max({a, bytes(fprop_x, act, rows, in), bytes(dgrad_d, grad, rows, out), bytes(wgrad_d, grad, out, rows)});
+        if (train && in_one_pass(r)) d = std::max(d, bytes(wgrad_d, grad, out, rows));
         b = std::max({b, bytes(fprop_w, acc, out, in), bytes(dgrad_w, acc, in, out), bytes(wgrad_x, act, in, rows)});
         for (int i = 0; i < operand_count; i++)
             if (is_quantised(c[i].format))
@@ -672,14 +672,19 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     widen(p.high, m.head_rows, C, V, acc);
     m.operands.a = a ? scratch.take<char>(a) : nullptr;
     m.operands.b = b ? scratch.take<char>(b) : nullptr;
-    m.operands.scales = scratch.take<float>(4), m.operands.partial = scratch.take<float>(partials);
+    // The head's rows of logits are spent when the blocks' backward begins, and none of its operands is made in d.
+    m.logits = (acc_t*)scratch.take<char>(std::max(m.head_rows * V * sizeof(acc_t), d));
+    m.operands.d = d ? m.logits : nullptr;
+    m.operands.scales = scratch.take<float>(6);
+    m.operands.partials = partials, m.operands.partial = scratch.take<float>(d ? 2 * partials : partials);
     if (m.k) {
         int64_t k = m.k, wide = std::max({A, Q, C, 2 * F}), tall = std::max(N, wide);
         int q = (int)k + p.recipe.split.oversample;
         size_t size = 0;
         for (const Operand& c : p.recipe.cell) size = std::max(size, size_of(operand_type(c.format)));
         for (const Operand& c : p.eval.cell) size = std::max(size, size_of(operand_type(c.format)));
-        for (SideScratch& s : m.operands.side) {
+        for (int i = 0; i < (d ? 3 : 2); i++) {
+            SideScratch& s = m.operands.side[i];
             s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);
             s.a = scratch.take<char>(tall * k * size), s.b = scratch.take<char>(wide * k * size);
             s.low_a = scratch.take<acc_t>(tall * k), s.low_b = scratch.take<acc_t>(wide * k), s.cross = scratch.take<acc_t>(tall * k);

@@ -315,12 +315,13 @@ struct SideScratch {
 
 // Buffers for the operands of one GEMM (with room for thin_columns), and the quantiser's scratch; null where no recipe in use needs them.
 struct OperandScratch {
-    void *a = nullptr, *b = nullptr;
-    float *scales = nullptr, *partial = nullptr;           // S_enc and S_dec of a and of b; the quantiser's partial results
+    void *a = nullptr, *b = nullptr, *d = nullptr;         // d: of wgrad_d, where in_one_pass() makes it together with dgrad_d
+    float *scales = nullptr, *partial = nullptr;           // S_enc and S_dec of a, b and d; the quantiser's partial results, twice if there is a d
+    int64_t partials = 0;                                  // how many
     float* tally = nullptr;                                // a Tally of each operand; null: not now
     bool nearest = false;                                  // evaluation: no stochastic rounding
     bool refresh = false;                                  // bases may be refreshed: training, no recomputation
-    SideScratch side[2] = {};
+    SideScratch side[3] = {};                              // of a, b and d
     acc_t* inner = nullptr;                                // C_p^T C_q (k x k)
     acc_t* merged = nullptr;                               // W_R + U diag(s) V of any one W (out x in), if W's factors are trained
     SubspaceScratch subspace = {};
@@ -382,25 +383,52 @@ inline void convert(Ctx& ctx, const Mat& to, const Mat& from, int64_t rows, int6
     else convert(ctx, (acc_t*)to.data, to.ld, (const acc_t*)from.data, rows, cols, round_bf16);
 }
 
-// As a tensor core reads it, if `to` is narrow. What lies between the last block and a tile's edge must be no NaN: padding is zero.
-template <class From> void pack_operand(Ctx& ctx, const QuantCall& call, const Mat& to, const From* from) {
-    bool down = call.axis == Axis::column;
-    if (to.blocks) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, down ? call.cols : call.rows, down ? call.rows : call.cols, ScaleOrder::tiled));
-    quantise(ctx, call, (acc_t*)nullptr, from, {(uint8_t*)to.data, (uint8_t*)to.blocks, ScaleOrder::tiled});
+// Operands that are to be quantised, all of one matrix, up to the launch that does it: each `into`, as a tensor core reads it if that is narrow.
+template <int n> struct Making {
+    QuantCall call[n];
+    Mat into[n];
+};
+template <class To, int n, class From> void quantise_as(Ctx& ctx, const Making<n>& made, const From* from) {
+    QuantJobs<To, n> jobs;
+    for (int i = 0; i < n; i++) {
+        const QuantCall& call = made.call[i];
+        const Mat& to = made.into[i];
+        bool down = call.axis == Axis::column;
+        // What lies between the last block and a tile's edge must be no NaN: padding is zero.
+        if (to.blocks) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, down ? call.cols : call.rows, down ? call.rows : call.cols, ScaleOrder::tiled));
+        jobs.job[i].call = call;
+        if (is_narrow(to.type)) jobs.job[i].packed = {(uint8_t*)to.data, (uint8_t*)to.blocks, ScaleOrder::tiled};
+        else jobs.job[i].to = (To*)to.data;
+    }
+    quantise(ctx, jobs, from);
 }
-template <class To, class From> void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
-    if (has_tensor_scale(call.cell) && !scaled) tensor_scale(ctx, call, (const From*)from.data);
-    if (is_narrow(to.type)) pack_operand(ctx, call, to, (const From*)from.data);
-    else quantise(ctx, call, (To*)to.data, (const From*)from.data);
-}
-// `scaled`: call.scale already holds the tensor scale.
-inline void quantise_operand(Ctx& ctx, const QuantCall& call, bool scaled, const Mat& to, const Mat& from) {
+// Tensor scales are there.
+template <int n> void quantise_operands(Ctx& ctx, const Making<n>& made, const Mat& from) {
+    Type type = operand_type(made.call[0].cell.format);
     if (from.type == Type::bf16) {
-        if (to.type == Type::bf16) quantise_operand<bf16, bf16>(ctx, call, scaled, to, from);
-        else quantise_operand<acc_t, bf16>(ctx, call, scaled, to, from);
-    } else if (to.type == Type::bf16) quantise_operand<bf16, acc_t>(ctx, call, scaled, to, from);
-    else quantise_operand<acc_t, acc_t>(ctx, call, scaled, to, from);
+        if (type == Type::bf16) quantise_as<bf16>(ctx, made, (const bf16*)from.data);
+        else quantise_as<acc_t>(ctx, made, (const bf16*)from.data);
+    } else if (type == Type::bf16) quantise_as<bf16>(ctx, made, (const acc_t*)from.data);
+    else quantise_as<acc_t>(ctx, made, (const acc_t*)from.data);
 }
+inline void tensor_scale(Ctx& ctx, const QuantCall& call, const Mat& from) {
+    if (!has_tensor_scale(call.cell)) return;
+    if (from.type == Type::bf16) tensor_scale(ctx, call, (const bf16*)from.data);
+    else tensor_scale(ctx, call, (const acc_t*)from.data);
+}
+inline void quantise_operand(Ctx& ctx, const QuantCall& call, const Mat& to, const Mat& from) {
+    tensor_scale(ctx, call, from), quantise_operands(ctx, Making<1>{{call}, {to}}, from);
+}
+
+// Whether D's two operands are made in one pass over it, which costs a third operand's memory and saves a read of D.
+inline bool in_one_pass(const Recipe& r) {
+    const Operand &p = r.cell[dgrad_d], &q = r.cell[wgrad_d];
+    auto blocks = [](const Operand& c, Axis axis) { return (c.along == Along::contracted) == (axis == Axis::row) ? Axis::row : Axis::column; };
+    return is_quantised(p.format) && is_quantised(q.format) && is_float_stored(p.format) == is_float_stored(q.format) &&
+           in_one_pass(p, blocks(p, Axis::row), q, blocks(q, Axis::column));
+}
+// Which of a, b and d, and what goes with them, operand `which` is made in.
+inline int place_of(const Recipe& r, Which which, const OperandScratch& s) { return which == wgrad_d && s.d && in_one_pass(r) ? 2 : which & 1; }
 
 // Whether operand `which` takes over the tensor scale of the operand that was made of the same matrix before it in this pass: half
 // of the passes over memory that amaxes cost. Without a split it is the same number. The two residuals of a split matrix whose factors
@@ -499,7 +527,7 @@ inline void factor_gradients(Ctx& ctx, const Linear& lin) {
 // A, L and B of `source` (rows x cols) and what they leave of it to quantise: fills call.low_a, low_b, k; p's o, c, l as of axis row.
 // Of a W whose factors are trained, `source` is W_R: all of it is left.
 inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, QuantCall& call, Mat source, Prepared& p) {
-    const SideScratch& side = s.side[which & 1];
+    const SideScratch& side = s.side[place_of(*lin.recipe, which, s)];
     const Recipe& recipe = *lin.recipe;
     Operand cell = call.cell;
     int k = lin.splits.k;
@@ -532,8 +560,8 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         a.cols = k, a.key.operand += 8, a.scale = side.scales;
         b.rows = k, b.key.operand += 16, b.scale = side.scales + 2;
         if (cell.format == Format::e2m1) a.axis = Axis::column, b.axis = Axis::row;     // the published code: each along its long side
-        quantise_operand(ctx, a, false, qa, mat((const acc_t*)unit, k));
-        quantise_operand(ctx, b, false, qb, mat((const acc_t*)basis, cols));
+        quantise_operand(ctx, a, qa, mat((const acc_t*)unit, k));
+        quantise_operand(ctx, b, qb, mat((const acc_t*)basis, cols));
         if (has_tensor_scale(cell)) qa.scale = a.scale + 1, qb.scale = b.scale + 1;
     }
     p.split = true, p.o = qa, p.c = qb, p.l = l;
@@ -557,19 +585,21 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
     }
 }
 
-// Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in s.a or s.b unless it can be used
+// Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its slot of s unless it can be used
 // as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted). native: as a tensor core
-// reads it, codes and behind them scale bytes; for the dimensions that has() admits both fit where the bf16 operand would.
-inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols, bool native = false) {
+// reads it, codes and behind them scale bytes; for the dimensions that has() admits both fit where the bf16 operand would. If it is
+// one of D's and `later` is given, its elements await quantise_operands(), in the place of its GEMM.
+inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols, bool native = false,
+                        Making<2>* later = nullptr) {
     Operand cell = lin.recipe->cell[which];
-    bool second = which & 1;
+    int slot = place_of(*lin.recipe, which, s);
     int64_t thin = thin_columns(*lin.recipe, which, lin.splits.k);
     if (matrix_of[which] == matrix_w && lin.splits.factors.u && !cell.split)      // a bf16 row, or another of evaluation's: it knows no factors
         merge_factors(ctx, s.merged, lin, 1), source = mat((const acc_t*)s.merged, cols);
     Prepared p;
     p.r = source, p.half = !is_float_stored(cell.format);
     if (thin || operand_bytes(cell, source.type, 1) != 0) {
-        p.r = {second ? s.b : s.a, operand_type(cell.format), axis == Axis::row ? cols + thin : cols};
+        p.r = {slot == 0 ? s.a : slot == 1 ? s.b : s.d, operand_type(cell.format), axis == Axis::row ? cols + thin : cols};
         if (!is_quantised(cell.format)) convert(ctx, p.r, source, rows, cols, cell.format == Format::bf16);
         else {
             if (s.nearest) cell.rounding = Rounding::nearest, cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;
@@ -577,9 +607,10 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
             RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)(again ? made_before[which] : which), Purpose::rounding}, sign_key = key;
             Axis blocks = cell.along == Along::contracted ? axis : axis == Axis::row ? Axis::column : Axis::row;
             sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
-            float* scale = lin.scales ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * second;
             bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
-            QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, s.partial, s.tally ? s.tally + tally_sums * which : nullptr};
+            float* scale = lin.scales && (scaled || slot < 2) ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * slot;
+            float* partial = s.partial + (slot == 2 ? s.partials : 0);
+            QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, partial, s.tally ? s.tally + tally_sums * which : nullptr};
             if (cell.split) split_operand(ctx, lin, which, s, call, source, p);
             else call.row_amax = source.row_amax;
             call.ld = p.r.ld;
@@ -588,7 +619,9 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
                 p.r.type = narrow_type(cell), p.r.ld = inner;
                 if (has_scale_bytes(cell)) p.r.blocks = (const uint8_t*)p.r.data + packed_bytes(cell, outer, inner);
             }
-            quantise_operand(ctx, call, scaled, p.r, source);
+            if (!scaled) tensor_scale(ctx, call, source);
+            if (later) later->call[which / 2 - 1] = call, later->into[which / 2 - 1] = p.r;
+            else quantise_operands(ctx, Making<1>{{call}, {p.r}}, source);
             if (has_tensor_scale(cell)) p.r.scale = call.scale + 1;
         }
     }
@@ -663,15 +696,18 @@ template <class T> void linear_forward(Ctx& ctx, const Linear& lin, const Operan
 template <class T> void linear_backward(Ctx& ctx, const Linear& lin, const OperandScratch& s, T* dx, Mat d, Mat x, int64_t rows) {
     bool native = runs_natively(ctx, *lin.recipe, dgrad_d, rows, lin.in, lin.out, type_of<T>(), false);
     bool native_w = runs_natively(ctx, *lin.recipe, wgrad_d, lin.out, lin.in, rows, type_of<acc_t>(), true);
-    Prepared p = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out, native);
-    Prepared q = prepare(ctx, lin, dgrad_w, s, Axis::column, mat(lin.w, lin.in), lin.out, lin.in, native);
-    product(ctx, s, lin.dgrad, dx, lin.in, p, q, rows, lin.in, lin.out, 0, lin.splits.k);
-
     // Without blocks, a Hadamard, a split or random draws an operand has no axis: D serves twice. A tensor core reads (outer x inner) alone.
     const Operand &once = lin.recipe->cell[dgrad_d], &again = lin.recipe->cell[wgrad_d];
     bool same = once == again && !has_blocks(once.format) && !once.hadamard && !once.split && once.rounding == Rounding::nearest && !native && !native_w;
-    if (same) p.r = p.r.transposed();
-    else p = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out, native_w);
+    bool together = !same && place_of(*lin.recipe, wgrad_d, s) == 2;
+    Making<2> made;
+    Prepared p = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out, native, together ? &made : nullptr), turned;
+    if (together) turned = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out, native_w, &made), quantise_operands(ctx, made, d);
+    Prepared q = prepare(ctx, lin, dgrad_w, s, Axis::column, mat(lin.w, lin.in), lin.out, lin.in, native);
+    product(ctx, s, lin.dgrad, dx, lin.in, p, q, rows, lin.in, lin.out, 0, lin.splits.k);
+
+    if (same) turned = p, turned.r = p.r.transposed();
+    else if (!together) turned = prepare(ctx, lin, wgrad_d, s, Axis::column, d, rows, lin.out, native_w);
     q = prepare(ctx, lin, wgrad_x, s, Axis::column, x, rows, lin.in, native_w);
-    product(ctx, s, lin.wgrad, lin.dw, lin.in, p, q, lin.out, lin.in, rows, 1, lin.splits.k);
+    product(ctx, s, lin.wgrad, lin.dw, lin.in, turned, q, lin.out, lin.in, rows, 1, lin.splits.k);
 }

@@ -64,6 +64,8 @@ MUTATIONS = [
     ("carrier: packed in blocks of 32", "fp4.cuh", "has_scale_bytes(c) ? block_length(c.format) : 16", "block_length(c.format)"),
     ("carrier: tensor scales taken over between MX rules", "metis.cuh", "a.scale == b.scale && a.carrier", "a.carrier"),
     ("carrier: tensor scales taken over between carriers", "metis.cuh", " && a.carrier == b.carrier && scale_rule(a)", " && scale_rule(a)"),
+    ("one pass: the second amax in the first's place", "metis.cuh", "(scaled || slot < 2)", "true"),
+    ("one pass: one tile shape too low", "fp4.cuh", "height = std::max(height, tile_height(j.call.cell, j.call.axis))", "height = height ? height : tile_height(j.call.cell, j.call.axis)"),
     # Hadamard
     ("Hadamard: one fixed sign", "fp4.cuh", "const uint32_t fixed = 0xd7e8;", "const uint32_t fixed = 0xd7ec;"),
     ("Hadamard: random signs read backwards", "fp4.cuh", "random.w[i / 32] >> (i & 31)", "random.w[i / 32] >> (31 - (i & 31))"),

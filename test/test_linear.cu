@@ -33,6 +33,7 @@ static std::vector<Recipe> odd_recipes() {
         changed("nvfp4", "all.hadamard=32,all.signs=random,all.rounding=stochastic"),
         changed("nvfp4", "all.hadamard=64,fprop.signs=plus,dgrad.signs=random,d.scale=four_six"),
         changed("nvfp4", "wgrad.hadamard=128,wgrad.signs=random,d.rounding=stochastic,d.scale=headroom"),
+        changed("nvfp4-sr", "dgrad.hadamard=64,wgrad.hadamard=128"),               // no tile suits both operands of D
         changed("nvfp4", "dgrad.hadamard=16,dgrad.signs=random,fprop_x.block=square,wgrad_x.rounding=stochastic"),
         changed("mxfp4", "all.scale=floor,d.rounding=stochastic"),
         changed("mxfp4", "all.block=square,all.rounding=stochastic"),
@@ -71,7 +72,7 @@ template <class T> struct Layer {
     Buffer<act_t> x;
     Buffer<acc_t> w;
     Buffer<T> d;
-    Buffer<uint8_t> a, b;
+    Buffer<uint8_t> a, b, second;                         // second: of D's second operand
     Buffer<float> scales, kept, partial, tally;
     OperandScratch scratch;
     Linear lin;
@@ -95,8 +96,9 @@ template <class T> struct Layer {
           x(r, size[0], [&](int64_t) { return number(rng); }), w(r, size[1], [&](int64_t) { return 0.1 * number(rng); }),
           d(r, size[2], [&](int64_t i) { return i ? 1e-3 * number(rng) : 0x1.f8p-4; }),       // amax near a power of two: MX's rules differ on it
           a(r, largest(c, 0, type_of<act_t>(), type_of<T>(), size)), b(r, largest(c, 1, type_of<act_t>(), type_of<T>(), size)),
-          scales(r, 4), kept(r, 6), partial(r, partials(c, size, cols)), tally(r, tally_sums * operand_count, [](int64_t) { return 0; }) {
+          second(r, size[2] * size_of(type_of<acc_t>())), scales(r, 6), kept(r, 6), partial(r, 2 * partials(c, size, cols)), tally(r, tally_sums * operand_count, [](int64_t) { return 0; }) {
         scratch.a = a.n ? a.p : nullptr, scratch.b = b.n ? b.p : nullptr, scratch.scales = scales.p, scratch.partial = partial.p;
+        scratch.partials = partials(c, size, cols);
         lin = {"fprop", "dgrad", "wgrad", in, out, w.p, nullptr, &recipe, 7};
         r.at("%s, %ld rows, %ld to %ld, %d-byte outputs", recipe.name.c_str(), (long)rows, (long)in, (long)out, (int)sizeof(T));
         r.ctx.seed = 0x123456789abcull, r.ctx.step = 11, r.ctx.micro = 3;
@@ -121,6 +123,8 @@ template <class T> struct Layer {
         linear_backward(r.ctx, lin, scratch, dx_.p, mat(d.p, out, amax ? d_amax.p : nullptr), mat(x.p, in), rows);
         y = y_.fetch().values(), dx = dx_.fetch().values(), dw = dw_.fetch().values();
     }
+    // D's two operands in one pass over it, where the recipe lets them.
+    void one_pass() { scratch.d = second.p; }
     Type type(int which) const { return matrix_of[which] == matrix_x ? type_of<act_t>() : matrix_of[which] == matrix_w ? Type::f32 : type_of<T>(); }
     bool as_is(int which) const { return operand_bytes(recipe.cell[which], type(which), 1) == 0; }
     std::vector<double> source(Matrix m) const { return m == matrix_x ? x.values() : m == matrix_w ? w.values() : d.values(); }
@@ -187,9 +191,21 @@ template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t 
     l.run([&] { look(fprop_x, -1, -1), look(fprop_w, -1, -1); });
     look(wgrad_d, dgrad_d, fprop_x), look(wgrad_x, dgrad_w, fprop_w);
     std::vector<double> y = l.y, dx = l.dx, dw = l.dw;
+    auto again = [&](const char* what) {
+        l.run([] {});
+        r.verdict.note(y == l.y && dx == l.dx && dw == l.dw, "%s change bits", what);
+    };
+    bool made_twice = !(recipe.cell[dgrad_d] == recipe.cell[wgrad_d] && !has_blocks(recipe.cell[dgrad_d].format)) || recipe.cell[dgrad_d].rounding == sr;
+    l.one_pass();
+    again("D's operands made in one pass");
+    if (in_one_pass(recipe) && made_twice && !native) {
+        l.same_operand(l.second, r.compare ? want[wgrad_d] : slow::Matrix(), wgrad_d);
+        l.same_operand(l.a, r.compare ? want[dgrad_d] : slow::Matrix(), dgrad_d);      // nothing has come into a since
+    }
     l.lin.scales = l.kept.p, l.amax = true;                                   // tensor scales kept from one operand to the next, of amaxes noted before
-    l.run([] {});
-    r.verdict.note(y == l.y && dx == l.dx && dw == l.dw, "kept tensor scales, or noted amaxes, change bits");
+    again("kept tensor scales, or noted amaxes, of operands made in one pass");
+    l.scratch.d = nullptr;
+    again("kept tensor scales, or noted amaxes,");
     if (!r.compare) return;
     int64_t rows = l.rows, in = l.in, out = l.out;
     compare_product(r, y, nullptr, sizeof(T) == 2 ? act_u : u, rows, out, in, want[fprop_x], in, 1, want[fprop_w], in, 1, "Y", native);
@@ -287,9 +303,10 @@ static void test_not_finite(Run& r) {
 // The tally of every operand is in its own place and of its own numbers: counts of the first tile, exact, and its squared error, a sum of
 // 4096 positive floats at most, each after four roundings. It changes nothing. (D that serves twice is counted once.)
 static void test_tally(Run& r) {
-    for (const char* name : {"nvidia", "mxfp4", "fp8"}) {
+    for (auto [name, together] : {std::pair<const char*, bool>{"nvidia", false}, {"mxfp4", false}, {"fp8", false}, {"nvidia", true}, {"mxfp4", true}}) {
         Rng rng{3};
         Layer<act_t> l(r, *find_recipe(name), 96, 80, 112, rng);
+        if (together) l.one_pass();
         l.run([] {});
         std::vector<double> y = l.y, dw = l.dw;
         l.scratch.tally = l.tally.p;
@@ -298,7 +315,8 @@ static void test_tally(Run& r) {
         l.tally.fetch();
         for (int which = 0; which < operand_count && r.compare; which++) {
             slow::Matrix m = l.wanted(which);
-            TileShape t = tile_shape(m.cell, m.axis, m.rows, m.cols);
+            int beside = together && which / 2 != 0 && matrix_of[which] == matrix_d ? tile_height(l.recipe.cell[wgrad_d], Axis::column) : 0;
+            TileShape t = tile_shape(m.cell, m.axis, m.rows, m.cols, beside);
             double error = 0, zero = 0, count = 0;
             for (int64_t i = 0; i < std::min<int64_t>(t.R, m.rows); i++)
                 for (int64_t j = 0; j < std::min<int64_t>(t.C, m.cols); j++) {

@@ -46,11 +46,11 @@ struct Layer {
     Buffer<acc_t> w, dw;
     Buffer<acc_t> factor_u, factor_s, factor_v, grad_u, grad_s, grad_v, merged;
     Buffer<acc_t> basis_x, basis_w, basis_d, projected_x, projected_w, projected_d, inner, sample, z, y_, g;
-    Buffer<uint8_t> a, b;
+    Buffer<uint8_t> a, b, second_d;
     Buffer<float> scales, matrix_scales, partial;
     Buffer<double> gram, vectors;
     Buffer<int> state;
-    Side first, second;
+    Side first, second, third;
     Linear lin;
     OperandScratch s;
 
@@ -76,8 +76,9 @@ struct Layer {
           factor_u(r, out * k), factor_s(r, k), factor_v(r, k * in), grad_u(r, out * k), grad_s(r, k), grad_v(r, k * in), merged(r, out * in),
           basis_x(r, k * in), basis_w(r, k * in), basis_d(r, k * out), projected_x(r, rows * k), projected_w(r, out * k), projected_d(r, rows * k), inner(r, k * k),
           sample(r, samples * wide), z(r, q * wide), y_(r, q * std::max(samples, wide)), g(r, q * std::max(samples, wide)), a(r, (std::max(rows * in, rows * out) + 2 * k * tall) * size),
-          b(r, (std::max(out * in, rows * in) + 2 * k * tall) * size), scales(r, 4), matrix_scales(r, 6), partial(r, partials()), gram(r, q * q), vectors(r, q * q + q + 2),
-          state(r, q + 1), first(*this), second(*this) {
+          b(r, (std::max(out * in, rows * in) + 2 * k * tall) * size), second_d(r, (rows * out + 2 * k * tall) * size), scales(r, 6), matrix_scales(r, 6),
+          partial(r, 2 * partials()), gram(r, q * q), vectors(r, q * q + q + 2),
+          state(r, q + 1), first(*this), second(*this), third(*this) {
         Rng rng{(uint64_t)(rows + in + out)};
         fill(x, of_kind(rng, rows, in, kind)), fill(w, of_kind(rng, out, in, kind)), fill(d, of_kind(rng, rows, out, kind));
         lin = {"fprop", "dgrad", "wgrad", in, out, w.p, dw.p, &recipe, 8, shared ? matrix_scales.p : nullptr};
@@ -117,6 +118,8 @@ struct Layer {
         return ::prepare(r.ctx, lin, (Which)which, s, axis(which), source, height(which), width(which));
     }
     void forward() { linear_forward(r.ctx, lin, s, y.p, mat((const act_t*)x.p, in), rows); }
+    // D's two operands in one pass over it, as in the model.
+    void one_pass() { s.d = second_d.p, s.side[2] = third.scratch(), s.partials = partials(); }
     void backward() { linear_backward(r.ctx, lin, s, dx.p, mat((const act_t*)d.p, out), mat((const act_t*)x.p, in), rows); }
 };
 
@@ -362,7 +365,8 @@ static Recipe small_bases(Recipe recipe) {
     return recipe;
 }
 
-// All six operands and the three products, in the order of a step; then the same by linear_forward and linear_backward: the same bits.
+// All six operands and the three products, in the order of a step; then the same by linear_forward and linear_backward, D's operands
+// made in one pass: the same bits.
 static void test_layer(Run& r, const Ablation& a, Shape shape, Kind kind, bool shared, bool nearest) {
     Recipe recipe = small_bases(*find_recipe(a.recipe));
     set_cells(recipe, a.changes);
@@ -393,6 +397,7 @@ static void test_layer(Run& r, const Ablation& a, Shape shape, Kind kind, bool s
     Layer whole(r, recipe, shape, kind, shared);
     whole.s.nearest = nearest;
     if (recipe.split.trained) whole.drift();
+    whole.one_pass();
     whole.forward(), whole.backward();
     whole.y.fetch(), whole.dx.fetch(), whole.dw.fetch();
     auto same = [&](auto& x, auto& y, const char* what) { r.verdict.note(!memcmp(x.host.data(), y.host.data(), x.n * sizeof x.host[0]), "%s of the layer is not that of its parts", what); };
