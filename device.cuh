@@ -17,8 +17,10 @@
 #pragma once
 #include "host.h"       // fail, seconds
 #include <algorithm>    // std::min, std::max, std::sort
+#include <array>        // std::array
 #include <cmath>        // sqrt, fmaf
 #include <functional>   // std::function
+#include <map>          // std::map
 #include <memory>       // std::shared_ptr
 #include <string>       // std::string
 #include <type_traits>  // std::conditional_t
@@ -152,11 +154,18 @@ HD void sincos_(float x, float* sine, float* cosine) {
 
 enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6, rows = 7, sketch = 8, moments = 9 };
 
+struct Clock { uint32_t step, micro; };
 struct RandomKey {
     uint64_t seed;
     uint32_t step, micro, layer, operand;
     Purpose purpose;
+    const Clock* clock = nullptr;     // of a recorded launch (replay()): step and micro are what this shows, on the device, as it runs
 };
+// `key` as of now; for a kernel to ask once, before it draws.
+HD RandomKey now(RandomKey key) {
+    if (key.clock) key.step = key.clock->step, key.micro = key.clock->micro;
+    return key;
+}
 
 struct Words { uint32_t w[4]; };
 
@@ -210,6 +219,7 @@ struct Profiler {
 };
 
 struct MatmulPlans;                             // matmul.cuh: library handles and cached plans
+struct Graphs;                                  // below, after the kernels: recorded launches
 
 struct Ctx {
     int threads = 1;                            // OpenMP threads (CPU)
@@ -217,7 +227,9 @@ struct Ctx {
     uint32_t step = 0, micro = 0;               // the optimiser step and its micro-batch: part of every random draw's name
     Profiler profiler;
     std::shared_ptr<MatmulPlans> plans;
+    const Clock* clock = nullptr;               // for the keys of launches that are being recorded
 #ifdef __CUDACC__
+    std::shared_ptr<Graphs> graphs;             // null: every launch is made anew
     cudaStream_t stream = nullptr;
     void synchronise() { CUDA(cudaStreamSynchronize(stream)); }
 #else
@@ -697,4 +709,57 @@ template <class Tag, class Stage, class F> void for_tiles(Ctx& ctx, Cost cost, i
     #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)
     for (int64_t t = 0; t < n; t++) kernel(Group<256>(), t, *(Stage*)ctx.scratch(0, sizeof(Stage)));
 #endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Launches that repeat. A step of a small model on a GPU is thousands of launches of microseconds, which a CPU may not make fast enough.
+
+typedef std::array<int64_t, 8> GraphKey;        // names a list of launches: equal keys, equal launches with equal arguments
+#ifdef __CUDACC__
+struct Graphs {
+    struct Recorded {
+        bool seen = false;
+        cudaGraphExec_t graph = nullptr;
+    };
+    std::map<GraphKey, Recorded> all;
+    Clock *clock, shown = {~0u, ~0u};           // what recorded draws ask for the time, on the device; what it shows
+    Graphs() : clock((Clock*)device_alloc(sizeof(Clock), "the clock of recorded launches")) {}
+};
+struct set_clock;
+inline void set_time(Ctx& ctx, Graphs& g) {
+    Clock time = {ctx.step, ctx.micro}, *clock = g.clock;
+    if (time.step == g.shown.step && time.micro == g.shown.micro) return;
+    g.shown = time;
+    for_rows<set_clock, 8>(ctx, {}, 1, KERNEL(Group<8> g, int64_t) { if (g.lane() == 0) *clock = time; });
+}
+#endif
+
+// f(), whose launches are those of every call under `key` unless `repeats` is false. Where ctx has graphs they are made one by one at first,
+// while plans are found and code is loaded, recorded as a CUDA graph at the second call, and from then on replayed. f() must not copy from or
+// to the host, allocate, wait, or let anything but ctx.step and ctx.micro in a RandomKey with ctx.clock change what it launches.
+template <class F> void replay(Ctx& ctx, const GraphKey& key, bool repeats, F f) {
+#ifdef __CUDACC__
+    if (repeats && ctx.graphs && !ctx.profiler.on) {
+        Graphs& g = *ctx.graphs;
+        Graphs::Recorded& r = g.all[key];
+        if (r.seen && !r.graph) {
+            cudaGraph_t graph;
+            ctx.clock = g.clock;
+            CUDA(cudaStreamBeginCapture(ctx.stream, cudaStreamCaptureModeRelaxed));
+            f();
+            CUDA(cudaStreamEndCapture(ctx.stream, &graph));
+            ctx.clock = nullptr;
+            CUDA(cudaGraphInstantiate(&r.graph, graph, 0));
+            CUDA(cudaGraphDestroy(graph));
+        }
+        if (r.graph) {
+            set_time(ctx, g);
+            CUDA(cudaGraphLaunch(r.graph, ctx.stream));
+            return;
+        }
+        r.seen = true;
+    }
+#endif
+    (void)ctx, (void)key, (void)repeats;
+    f();
 }

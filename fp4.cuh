@@ -427,7 +427,7 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
             load_tile(g, t, s.v, from, r0, c0);
             if (k) subtract(g, t, s, low_a, low_b, k, r0, c0);
             if (cell.hadamard) {
-                hadamard_signs(g, s.sign, cell.signs, philox(sign_key, 0));
+                hadamard_signs(g, s.sign, cell.signs, philox(now(sign_key), 0));
                 hadamard(g, t, s.v, cell.hadamard, s.sign, ahead);
             }
             acc_t m = g.max(tile_size, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, (const float*)s.v);
@@ -534,10 +534,10 @@ template <class G, class To, class From> HD void quantise_tile(G g, const QuantJ
     if (tally) energy = (float)g.sum(tile_size, [](acc_t v) { return v * v; }, (const float*)s.v);
     if (q.k) subtract(g, t, s, q.low_a, q.low_b, q.k, r0, c0);
     if (cell.hadamard) {
-        hadamard_signs(g, s.sign, cell.signs, philox(q.sign_key, 0));
+        hadamard_signs(g, s.sign, cell.signs, philox(now(q.sign_key), 0));
         hadamard(g, t, s.v, cell.hadamard, s.sign);
     }
-    if (stochastic) draw_tile(g, t, s.random, q.key, r0, c0);
+    if (stochastic) draw_tile(g, t, s.random, now(q.key), r0, c0);
     int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
     To* corner = to + r0 * to_ld + c0;
     if (to) for (int r = 0; r < height; r++) g.fetch(corner + r * to_ld, width);

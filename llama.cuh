@@ -817,6 +817,18 @@ inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
     swiglu(ctx, a.s, a.gu, N, c.ffn, m.x_amax);
 }
 
+// For replay(): the name of block l's launches, and whether they are those of the last micro-batch: training, nothing counted, no basis refreshed.
+inline GraphKey block_key(const Model& m, int l, bool backward, int B, int T) {
+    GraphKey key = {backward, l, B, T};
+    for (int i = 0; i < 4; i++) key[4 + i] = (int64_t)m.linears[l].all[i]->recipe;
+    return key;
+}
+inline bool repeats(const Ctx& ctx, const Model& m, int l) {
+    bool same = m.training && !m.operands.tally;
+    for (const Linear* lin : m.linears[l].all) same = same && !(is_split(*lin->recipe) && refresh_due(ctx, *lin));
+    return same;
+}
+
 inline Heads heads_of(const Config& c, int B, int T) { return {B, T, c.heads, c.kv_heads, c.head_dim}; }
 
 // Tokens (B x T, on the host) to h_final.
@@ -831,9 +843,11 @@ inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     for (int l = 0; l < c.layers; l++) {
         const LayerActs& a = m.acts[l];
         const act_t* stream = l == 0 ? a.x : m.acts[l - 1].mid;               // the last block's output is mid + y, added here
-        residual_rmsnorm(ctx, a.x, a.h1, a.rstd1, stream, l == 0 ? nullptr : m.y, m.weights[l].attn_norm, N, c.dim, eps, m.x_amax);
-        block_forward(ctx, m, l, shape);
-        linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn, m.x_amax), N);
+        replay(ctx, block_key(m, l, false, B, T), repeats(ctx, m, l), [&] {
+            residual_rmsnorm(ctx, a.x, a.h1, a.rstd1, stream, l == 0 ? nullptr : m.y, m.weights[l].attn_norm, N, c.dim, eps, m.x_amax);
+            block_forward(ctx, m, l, shape);
+            linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn, m.x_amax), N);
+        });
     }
     residual_rmsnorm(ctx, m.x_final, m.h_final, m.rstd_final, m.acts[c.layers - 1].mid, m.y, m.final_norm, N, c.dim, eps);
 }
@@ -853,6 +867,36 @@ inline void classify(Ctx& ctx, Model& m, const int* targets, int64_t N, acc_t dl
     add_sum(ctx, m.sums, m.row_loss, N);
 }
 
+// Gradients through block l: m.dx, of its output, becomes that of its input.
+inline void block_backward(Ctx& ctx, Model& m, int l, Heads shape) {
+    const Config& c = m.config;
+    int64_t N = (int64_t)shape.B * shape.T, C = c.dim;
+    const LayerActs& a = m.acts[l];
+    const LayerLinears& w = m.linears[l];
+    const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
+    acc_t eps = (acc_t)c.norm_eps;
+    if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps, m.x_amax);
+    if (m.recompute == Recompute::block) {                                // done again, not anew: bases stay, nothing is counted twice
+        float* tally = m.operands.tally;
+        m.operands.refresh = false, m.operands.tally = nullptr;
+        block_forward(ctx, m, l, shape);
+        m.operands.refresh = m.training, m.operands.tally = tally;
+    }
+    if (m.recompute == Recompute::norms) {
+        residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
+        swiglu(ctx, a.s, a.gu, N, c.ffn);
+    }
+    linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C, m.d_amax), mat(a.s, c.ffn), N);
+    swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn, m.d_amax);
+    linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn, m.d_amax), mat(a.h2, C), N);
+    rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim, m.d_amax);
+    linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C, m.d_amax), mat(a.att, w.o.in), N);
+    attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape);
+    rotate(ctx, m.d_wide, m.cosine, m.sine, shape, -1);
+    linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
+    rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim, m.d_amax);
+}
+
 // Gradients of every parameter, added to m.grads, after forward() and classify() with dloss != 0 on the same tokens.
 inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     const Config& c = m.config;
@@ -860,32 +904,8 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     int64_t N = (int64_t)B * T, C = c.dim;
     set_zero(ctx, m.dx, N * C * sizeof(act_t));
     rmsnorm_grad(ctx, m.dx, m.final_norm_grad, m.partial, m.dh, m.x_final, m.rstd_final, m.final_norm, N, c.dim, m.d_amax);
-    for (int l = c.layers - 1; l >= 0; l--) {
-        const LayerActs& a = m.acts[l];
-        const LayerLinears& w = m.linears[l];
-        const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
-        acc_t eps = (acc_t)c.norm_eps;
-        if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps, m.x_amax);
-        if (m.recompute == Recompute::block) {                                // done again, not anew: bases stay, nothing is counted twice
-            float* tally = m.operands.tally;
-            m.operands.refresh = false, m.operands.tally = nullptr;
-            block_forward(ctx, m, l, shape);
-            m.operands.refresh = m.training, m.operands.tally = tally;
-        }
-        if (m.recompute == Recompute::norms) {
-            residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
-            swiglu(ctx, a.s, a.gu, N, c.ffn);
-        }
-        linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C, m.d_amax), mat(a.s, c.ffn), N);
-        swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn, m.d_amax);
-        linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn, m.d_amax), mat(a.h2, C), N);
-        rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim, m.d_amax);
-        linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C, m.d_amax), mat(a.att, w.o.in), N);
-        attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape);
-        rotate(ctx, m.d_wide, m.cosine, m.sine, shape, -1);
-        linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
-        rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim, m.d_amax);
-    }
+    for (int l = c.layers - 1; l >= 0; l--)
+        replay(ctx, block_key(m, l, true, B, T), repeats(ctx, m, l), [&] { block_backward(ctx, m, l, shape); });
     TokenBuckets buckets(tokens, N);
     to_device(ctx, m.bucket_token, buckets.token.data(), buckets.token.size() * sizeof(int));
     to_device(ctx, m.bucket_start, buckets.start.data(), buckets.start.size() * sizeof(int));

@@ -524,6 +524,12 @@ inline void factor_gradients(Ctx& ctx, const Linear& lin) {
     });
 }
 
+// Whether this micro-batch refreshes the bases of `lin`, a layer whose recipe splits.
+inline bool refresh_due(const Ctx& ctx, const Linear& lin) {
+    int every = lin.recipe->split.refresh;
+    return every == 0 || (ctx.micro == 0 && (ctx.step == 0 || (ctx.step + lin.id) % every == 0));
+}
+
 // A, L and B of `source` (rows x cols) and what they leave of it to quantise: fills call.low_a, low_b, k; p's o, c, l as of axis row.
 // Of a W whose factors are trained, `source` is W_R: all of it is left.
 inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, QuantCall& call, Mat source, Prepared& p) {
@@ -543,10 +549,9 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
     bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;
     if (first && !trained) {
         const SplitPlan& plan = recipe.split;
-        bool due = plan.refresh == 0 || (ctx.micro == 0 && (ctx.step == 0 || (ctx.step + lin.id) % plan.refresh == 0));
         int64_t samples = matrix_of[which] == matrix_w ? rows : sampled_rows(plan, k, rows);
         RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)which, Purpose::rows};
-        if (s.refresh && due) refresh_basis(ctx, basis, k, source, rows, cols, samples, plan, ctx.step > 0 && !plan.restart, key, s.subspace);
+        if (s.refresh && refresh_due(ctx, lin)) refresh_basis(ctx, basis, k, source, rows, cols, samples, plan, ctx.step > 0 && !plan.restart, key, s.subspace);
         Mat b = mat((const acc_t*)basis, cols);
         if (source.type == Type::bf16) convert(ctx, qb, b, k, cols, true), b = qb;
         matmul(ctx, "split M B", t, k, source, b.transposed(), rows, k, cols, 0);
@@ -604,8 +609,9 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
         else {
             if (s.nearest) cell.rounding = Rounding::nearest, cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;
             bool again = cell.draws == Draws::before;
-            RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)(again ? made_before[which] : which), Purpose::rounding}, sign_key = key;
+            RandomKey key = {ctx.seed, ctx.step, ctx.micro, lin.id, (uint32_t)(again ? made_before[which] : which), Purpose::rounding, ctx.clock};
             Axis blocks = cell.along == Along::contracted ? axis : axis == Axis::row ? Axis::column : Axis::row;
+            RandomKey sign_key = key;
             sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;
             bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
             float* scale = lin.scales && (scaled || slot < 2) ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * slot;

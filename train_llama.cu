@@ -51,7 +51,7 @@ struct Options {
     int64_t save_every = 250;
     int keep = 2;
     std::string out, resume;
-    bool eval_only = false, sample_only = false, dry_run = false, help = false;
+    bool eval_only = false, sample_only = false, graphs = false, dry_run = false, help = false;
     int profile = 0;
 };
 
@@ -109,6 +109,7 @@ static std::vector<Option> option_table(Options& o) {
         {"--seed", "N", &o.seed, run, 0, big, nullptr, "of initialisation, data order and rounding", nullptr},
         {"--threads", "N", &o.threads, here, 1, 4096, "all cores", "CPU threads; results do not depend on it", nullptr},
         {"--recompute", "WHAT", &o.recompute, kept, 0, 0, nullptr, "activations computed again in backward: none, norms (and SwiGLU) or block; same results", nullptr},
+        {"--graphs", nullptr, &o.graphs, here, 0, 0, nullptr, "on a GPU: record each block's launches as a CUDA graph and replay it; same results", nullptr},
         {"--eval-every", "N", &o.eval_every, kept, 0, big, nullptr, "steps between evaluations; 0: only at the end", "Watching"},
         {"--eval-batches", "N", &o.eval_batches, kept, 1, 1 << 20, nullptr, "batches per evaluation", nullptr},
         {"--eval-only", nullptr, &o.eval_only, here, 0, 0, nullptr, "evaluate a checkpoint (--resume) or a model's weights (--model PATH) and exit", nullptr},
@@ -1079,6 +1080,9 @@ int main(int argc, char** argv) {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) fail("this is the GPU build and no GPU answers: build for the CPU with `make GPU=0`");
     CUDA(cudaStreamCreate(&ctx.stream));
+    if (o.graphs) ctx.graphs = std::make_shared<Graphs>();
+#else
+    if (o.graphs) fail("--graphs is for the GPU build: a CPU starts its loops itself");
 #endif
     ctx.plans = std::make_shared<MatmulPlans>(ctx);
 

@@ -284,6 +284,14 @@ def bitwise():
                     other = f"{first}_{threads}_{recompute}"
                     run({**base, "--threads": threads, "--recompute": recompute, "--out": other})
                     same_run(other, first)
+    with case("--graphs: a CPU build refuses it; on a GPU every recipe's losses stay what they are"):
+        if "GPU build" in run({**MICRO, "--graphs": True, "--dry-run": True}, status=None).err:
+            run({**MICRO, "--graphs": True}, status=2)
+        else:
+            for recipe in ("bf16", "nvidia", "metis"):
+                way = {**MICRO, "--recipe": recipe, "--steps": 20, "--accum": 2, "--eval-every": 7, "--stats-every": 5, "--shadow-every": 6}
+                eager, replayed = (printed_losses(run({**way, **extra}).out) for extra in ({}, {"--graphs": True}))
+                assert eager == replayed and len(eager) == 20, f"{recipe}: {eager} {replayed}"
     with case("recipes differ, seeds differ, the same seed does not"):
         values = [tuple(v) for v in losses.values()]
         assert len(set(values)) == len(values), "two recipes or shapes gave the same losses"

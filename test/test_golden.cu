@@ -100,7 +100,9 @@ struct Trainer {
     int64_t N;
 
     Trainer(const Golden& golden, const char* recipe, Recompute recompute = Recompute::none, int threads = 1, int64_t head_rows = 0)
-        : g(golden), ctx(context(threads)), N((int64_t)g.B * g.T) {
+        : Trainer(golden, recipe, recompute, context(threads), head_rows) {}
+    Trainer(const Golden& golden, const char* recipe, Recompute recompute, Ctx& context, int64_t head_rows = 0)
+        : g(golden), ctx(context), N((int64_t)g.B * g.T) {
         measure(m, g.config, g.B, g.T, recompute, find_recipe(recipe), true);
         allocate(ctx, m, true);
         if (head_rows) m.head_rows = head_rows;                                // fewer than there is room for
@@ -263,6 +265,47 @@ static bool same_config(const Config& a, const Config& b) {
     return fields(a) == fields(b);
 }
 
+#ifdef __CUDACC__
+// Replayed launches give the bits of those made one by one: draws of this step and micro-batch, bases refreshed when they are due,
+// parameters that move. Of every block a forward and a backward are recorded.
+static void test_graphs(const Golden& g, const char* recipe, Recompute recompute) {
+    Ctx ctx[2];
+    std::vector<std::unique_ptr<Trainer>> run;
+    for (Ctx& c : ctx) {
+        CUDA(cudaStreamCreate(&c.stream));
+        c.plans = std::make_shared<MatmulPlans>(c), c.seed = 5;
+        run.emplace_back(new Trainer(g, recipe, recompute, c));
+        if (run.back()->m.basis) set_zero(c, run.back()->m.basis, arena_size(run.back()->m.bases) * sizeof(acc_t));
+        for (void* moment : {run.back()->m.m, run.back()->m.v}) set_zero(c, moment, run.back()->m.arena * sizeof(acc_t));
+    }
+    ctx[1].graphs = std::make_shared<Graphs>();
+    std::vector<float> before;
+    bool same = true, moves = true;
+    for (uint32_t step = 0; step < 4; step++) {
+        std::vector<float> grads[2];
+        for (int i = 0; i < 2; i++) {
+            Trainer& t = *run[i];
+            set_zero(t.ctx, t.m.grads, t.m.arena * sizeof(acc_t));
+            set_zero(t.ctx, t.m.sums, 2 * sizeof(acc_t));
+            t.ctx.step = step, t.ctx.micro = 0;
+            for (int64_t at = 0; at < t.N; at += g.T, t.ctx.micro++) {
+                forward(t.ctx, t.m, g.tokens.data() + at, 1, g.T);
+                classify(t.ctx, t.m, g.targets.data() + at, g.T, acc_t(1) / t.N);
+                backward(t.ctx, t.m, g.tokens.data() + at, 1, g.T);
+            }
+            grads[i] = t.fetch(t.m.grads);
+            for (size_t n = 0; n < t.m.trained.size(); n++) adamw_step(t.ctx, t.m, n, {1e-3f, 0.9f, 0.95f, 1e-8f, 0, 1, 0.1f, 0.05f}, 0);
+        }
+        same = same && !memcmp(grads[0].data(), grads[1].data(), grads[0].size() * sizeof(float));
+        moves = moves && grads[0] != before, before = grads[0];
+    }
+    size_t recorded = 0;
+    for (auto& [key, graph] : ctx[1].graphs->all) recorded += graph.graph != nullptr;
+    std::string what = g.name + ", " + recipe + (recompute == Recompute::block ? ", recomputing blocks" : "") + ": replayed launches give the same bits";
+    check(same && moves && recorded == 2 * (size_t)g.config.layers, what.c_str(), "%s; %zu graphs of %d blocks", same ? "nothing changes" : "they differ", recorded, g.config.layers);
+}
+#endif
+
 static void test_files(const Golden& g, const std::string& scratch) {
     std::string path = scratch + "/config.json";
     auto through = [&](const std::string& text) {
@@ -317,6 +360,10 @@ int main(int argc, char** argv) {
         if (float_acts) test_model(g, "float", true);
         test_model(g, "bf16", false);
         test_files(g, scratch);
+#ifdef __CUDACC__
+        if (g.name == "untied") test_graphs(g, "bf16", Recompute::none), test_graphs(g, "nvidia", Recompute::block);
+        else test_graphs(g, "metis", Recompute::norms);
+#endif
     }
     std::error_code ec;
     std::filesystem::remove_all(scratch, ec);

@@ -146,9 +146,8 @@ inline bool emulated_block_scales(std::vector<double>& x, const uint8_t* scales,
 }
 
 // D = alpha op(A) op(B) + beta C, all column-major.
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t la, const void* b,
-                                     cublasLtMatrixLayout_t lb, const void* beta, const void* c, cublasLtMatrixLayout_t lc, void* out, cublasLtMatrixLayout_t ld,
-                                     const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
+inline cublasStatus_t emulated_matmul(cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t la, const void* b, cublasLtMatrixLayout_t lb,
+                                      const void* beta, const void* c, cublasLtMatrixLayout_t lc, void* out, cublasLtMatrixLayout_t ld) {
     bool ta = d->attributes[CUBLASLT_MATMUL_DESC_TRANSA] == CUBLAS_OP_T, tb = d->attributes[CUBLASLT_MATMUL_DESC_TRANSB] == CUBLAS_OP_T;
     int64_t m = ld->rows, n = ld->cols, k = ta ? la->rows : la->cols;
     auto align = [](const void* p) { return (uintptr_t)p % 16 ? 1u : 16u; };
@@ -175,5 +174,18 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
             if (add != 0) s += add * emulated_read(c, lc->type, i + j * lc->ld);
             emulated_write(out, ld->type, i + j * ld->ld, s);
         }
+    return CUBLAS_STATUS_SUCCESS;
+}
+// While the stream is captured: with the descriptor and the host's factors as they are now, the device's as they will be.
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t la, const void* b,
+                                     cublasLtMatrixLayout_t lb, const void* beta, const void* c, cublasLtMatrixLayout_t lc, void* out, cublasLtMatrixLayout_t ld,
+                                     const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
+    if (!emulated_capture) return emulated_matmul(d, alpha, a, la, b, lb, beta, c, lc, out, ld);
+    bool host = d->attributes[CUBLASLT_MATMUL_DESC_POINTER_MODE] == CUBLASLT_POINTER_MODE_HOST;
+    float factors[2] = {host ? *(const float*)alpha : 0, host ? *(const float*)beta : 0};
+    emulated_do([=, desc = *d, scales = std::array<float, 2>{factors[0], factors[1]}]() mutable {
+        cublasStatus_t status = emulated_matmul(&desc, host ? &scales[0] : alpha, a, la, b, lb, host ? &scales[1] : beta, c, lc, out, ld);
+        if (status) fprintf(stderr, "emulated GPU: %s in a recorded cublasLtMatmul\n", cublasLtGetStatusString(status)), abort();
+    });
     return CUBLAS_STATUS_SUCCESS;
 }

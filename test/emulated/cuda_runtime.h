@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -267,7 +268,7 @@ template <class T> EMULATED_INLINE T __shfl_sync(unsigned mask, T v, int from) {
 inline void __stwb(uint4* p, uint4 v) { *p = v; }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// The runtime's calls: memory is the host's, a stream does everything at once.
+// The runtime's calls: memory is the host's, a stream does everything at once, or, while it is captured, notes what it is to do.
 
 typedef int cudaError_t;
 typedef void* cudaStream_t;
@@ -280,15 +281,44 @@ struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cud
 constexpr size_t emulated_shared_bytes = 227 << 10;
 inline thread_local __align__(1024) char dynamic_shared_memory[emulated_shared_bytes];
 
+typedef std::vector<std::function<void()>>*cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+inline cudaGraph_t emulated_capture = nullptr;
+constexpr cudaError_t emulated_in_capture = 900;                // cudaErrorStreamCaptureUnsupported: what waits, copies from the host or allocates
+template <class F> cudaError_t emulated_do(F f) {
+    if (emulated_capture) emulated_capture->push_back(f);
+    else f();
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    if (emulated_capture) return emulated_in_capture;
+    return emulated_capture = new std::vector<std::function<void()>>, cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* g) { return *g = emulated_capture, emulated_capture = nullptr, *g ? cudaSuccess : 1; }
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long) { return *e = new std::vector<std::function<void()>>(*g), cudaSuccess; }
+inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return delete g, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { return delete e, cudaSuccess; }
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
+    if (emulated_capture) return emulated_in_capture;           // (a device makes a child of it)
+    for (auto& node : *e) node();
+    return cudaSuccess;
+}
+
 inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaStreamCreate(cudaStream_t* s) { return *s = nullptr, cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMalloc(void** p, size_t n) { return *p = aligned_alloc(256, (n + 255) / 256 * 256), *p ? cudaSuccess : cudaErrorMemoryAllocation; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulated_capture ? emulated_in_capture : cudaSuccess; }
+inline cudaError_t cudaMalloc(void** p, size_t n) {
+    if (emulated_capture) return emulated_in_capture;
+    return *p = aligned_alloc(256, (n + 255) / 256 * 256), *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
 inline cudaError_t cudaFree(void* p) { return free(p), cudaSuccess; }
 inline cudaError_t cudaMemset(void* p, int v, size_t n) { return memset(p, v, n), cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { return memset(p, v, n), cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) { return memcpy(to, from, n), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { return emulated_do([=] { memset(p, v, n); }); }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t) {
+    if (emulated_capture && kind != cudaMemcpyDeviceToDevice) return emulated_in_capture;
+    return emulated_do([=] { memcpy(to, from, n); });
+}
 inline cudaError_t cudaMemGetInfo(size_t* left, size_t* all) { return *left = *all = (size_t)8 << 30, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 // EMULATED_SM=100: its compute capability, which says what the emulated cuBLASLt offers.
@@ -300,6 +330,5 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { return *p =
 template <class K> cudaError_t cudaFuncSetAttribute(K, cudaFuncAttribute, int) { return cudaSuccess; }
 template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... arguments) {
     if (c->dynamicSmemBytes > emulated_shared_bytes || c->blockDim.x > 1024) return fprintf(stderr, "emulated GPU: a block that no GPU takes\n"), 1;
-    emulated::launch<P...>(kernel, c->gridDim, c->blockDim, std::tuple<P...>(arguments...));
-    return cudaSuccess;
+    return emulated_do([kernel, grid = c->gridDim, block = c->blockDim, all = std::tuple<P...>(arguments...)] { emulated::launch<P...>(kernel, grid, block, all); });
 }
