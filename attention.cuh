@@ -16,6 +16,24 @@
 // FLOPs of the causal half: 2 D per (query, key) pair for each of `products` matrix products.
 inline double attention_flops(const Heads& s, int products) { return (double)products * s.B * s.H * s.D * s.T * (s.T + 1.0); }
 
+// Rotates query and key heads of qkv (N x row) in place: (a, b) -> (a cos - b sin, b cos + a sin) with b half a head after a.
+// direction -1 rotates back, which is the gradient. Torch: q * cos + rotate_half(q) * sin.
+struct rope;
+inline void rotate(Ctx& ctx, act_t* qkv, Angles table, Heads s, acc_t direction) {
+    const acc_t *cosine = table.cosine, *sine = table.sine;
+    int turned = s.H + s.KV, D = s.D, T = s.T;
+    int64_t row = s.row();
+    for_rows<rope, 8>(ctx, {(double)s.B * T * turned * D * 2 * sizeof(act_t), 0}, (int64_t)s.B * T * turned, KERNEL(Group<8> g, int64_t r) {
+        int64_t n = r / turned, t = n % T * (D / 2);
+        act_t* a = qkv + n * row + r % turned * D;
+        g.map(D / 2, [=](acc_t& u, acc_t& v, acc_t cs, acc_t sn) {
+            acc_t w = direction * sn, first = u * cs - v * w;
+            v = v * cs + u * w;
+            u = first;
+        }, a, a + D / 2, cosine + t, sine + t);
+    });
+}
+
 #ifdef __CUDACC__
 // ------------------------------------------------------------------------------------------------------------------- the GPU
 constexpr int attention_warps = 8, attention_max_d = 128;
@@ -154,14 +172,15 @@ inline void attention_forward_run(Ctx& ctx, act_t* out, act_t* low, acc_t* lse, 
     int64_t grid = (int64_t)(s.T + attention_warps - 1) / attention_warps * s.B * s.H;
     start(ctx, attention_rows<0>, grid, 32 * attention_warps, 0, out, low, (int64_t)s.H * s.D, lse, qkv, nullptr, nullptr, s, scale);
 }
-inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const act_t* low, const acc_t* lse,
-                                   Heads s, acc_t scale) {
+inline bool attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const act_t* low, const acc_t* lse,
+                                   Heads s, acc_t scale, Angles turned) {
     int64_t n = (int64_t)s.B * s.T * s.H;
     start(ctx, attention_delta, (n + 3) / 4, 128, 0, delta, dout, out, low, n, s.D);
-    if (flash_serves(s)) return (s.D == 64 ? flash_backward_run<64> : flash_backward_run<128>)(ctx, dqkv, qkv, dout, lse, delta, s, scale);
+    if (flash_serves(s)) return (s.D == 64 ? flash_backward_run<64> : flash_backward_run<128>)(ctx, dqkv, qkv, dout, lse, delta, s, scale, turned), true;
     int64_t blocks = (s.T + attention_warps - 1) / attention_warps;
     start(ctx, attention_rows<1>, blocks * s.B * s.H, 32 * attention_warps, 0, dqkv, nullptr, s.row(), (float*)lse, qkv, dout, delta, s, scale);
     start(ctx, attention_keys, blocks * s.B * s.KV, 32 * attention_warps, 0, dqkv, lse, qkv, dout, delta, s, scale);
+    return false;
 }
 #else
 // ------------------------------------------------------------------------------------------------------------------- the CPU
@@ -230,8 +249,8 @@ inline void attention_forward_run(Ctx& ctx, act_t* out, act_t*, acc_t* lse, cons
 
 // A task is a (sequence, kv head): it alone writes these dK and dV. Blocks run from the last, which covers every key and
 // overwrites, to the first; the rest of the group's heads add.
-inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t*, const act_t* dout, const act_t* qkv, const act_t* out, const act_t*, const acc_t* lse,
-                                   Heads s, acc_t scale) {
+inline bool attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t*, const act_t* dout, const act_t* qkv, const act_t* out, const act_t*, const acc_t* lse,
+                                   Heads s, acc_t scale, Angles) {
     std::vector<AttentionPlans> plans = attention_plans(ctx, s, true);
     #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
     for (int task = 0; task < s.B * s.KV; task++) {
@@ -265,6 +284,7 @@ inline void attention_backward_run(Ctx& ctx, act_t* dqkv, acc_t*, const act_t* d
                 ctx.plans->run(ctx, *plan.dv[add], dqkv + v_at, p, dout + o_at);
             }
     }
+    return false;
 }
 #endif
 
@@ -276,10 +296,15 @@ inline void attention_forward(Ctx& ctx, act_t* out, act_t* low, acc_t* lse, cons
     attention_forward_run(ctx, out, low, lse, qkv, s, 1 / std::sqrt((acc_t)s.D));
 }
 
-// dqkv (B*T x (H + 2 KV) D), overwritten. delta: B*T x H of scratch.
+// dqkv (B*T x (H + 2 KV) D), overwritten. delta: B*T x H of scratch. With a table it is the gradient of the heads before rotate() turned them:
+// tensor-core kernels turn dQ and dK back in registers, before their only rounding.
 inline void attention_backward(Ctx& ctx, act_t* dqkv, acc_t* delta, const act_t* dout, const act_t* qkv, const act_t* out, const act_t* low, const acc_t* lse,
-                               Heads s) {
+                               Heads s, Angles turned = {}) {
     double rows = (double)s.B * s.T;
-    Launch launch(ctx, "attention_backward", {rows * sizeof(act_t) * (2 * s.row() + 2 * s.H * s.D), attention_flops(s, 5)});
-    attention_backward_run(ctx, dqkv, delta, dout, qkv, out, low, lse, s, 1 / std::sqrt((acc_t)s.D));
+    bool back;
+    {
+        Launch launch(ctx, "attention_backward", {rows * sizeof(act_t) * (2 * s.row() + 2 * s.H * s.D), attention_flops(s, 5)});
+        back = attention_backward_run(ctx, dqkv, delta, dout, qkv, out, low, lse, s, 1 / std::sqrt((acc_t)s.D), turned);
+    }
+    if (turned.cosine && !back) rotate(ctx, dqkv, turned, s, -1);
 }

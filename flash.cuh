@@ -17,12 +17,16 @@
 // Tiles in shared memory are rows of D bf16 in chunks of 16 bytes, chunk c of row r in place c ^ (r % 8): 8 rows of one chunk, which is
 // what ldmatrix reads, lie in different banks.
 #pragma once
+#include "device.cuh"   // Ctx, start, exp_, log_
 #include "ptx.cuh"      // mma_bf16, ldmatrix_x4, copy_async, exp2_fast
 
 struct Heads {
     int B, T, H, KV, D;                                     // sequences, tokens each, query heads, key/value heads, head size
     HD int64_t row() const { return (int64_t)(H + 2 * KV) * D; }   // elements in a row of qkv
 };
+
+// cos and sin of position times frequency, (T x D/2) each: what rotate() turns queries and keys by. Null: nothing was turned.
+struct Angles { const acc_t *cosine = nullptr, *sine = nullptr; };
 
 #ifdef __CUDACC__
 constexpr int flash_lanes = 128, flash_keys_tile = 64;
@@ -98,6 +102,21 @@ template <int D, class F> __device__ void flash_store(bf16* to, int64_t stride, 
         int r = i / (D / 8), c = i % (D / 8);
         if (r < valid) *(uint4*)(to + r * stride + c * 8) = *(const uint4*)flash_at<D>(own, r, c);
     }
+}
+
+// Turns rows first ... first + 15 of a warp's 16 x D gradient back: (a, b) -> (a cos + b sin, b cos - a sin), b half a head after a, in the same lane.
+template <int D> __device__ void flash_turn_back(float (&x)[D / 8][4], Angles table, int first, int T) {
+    if (!table.cosine) return;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    #pragma unroll
+    for (int n = 0; n < D / 16; n++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int64_t at = (int64_t)min(first + 8 * (e / 2) + g, T - 1) * (D / 2) + 8 * n + 2 * t + e % 2;
+            float &a = x[n][e], &b = x[n + D / 16][e], cs = table.cosine[at], sn = table.sine[at], u = a * cs + b * sn;
+            b = b * cs - a * sn;
+            a = u;
+        }
 }
 
 // Block: 128 queries of one (sequence, head). out and low: O as bf16 and what that lost (low may be null); lse.
@@ -210,7 +229,7 @@ template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_forward
 
 // Block: 64 queries of one (sequence, head): dQ = scale sum over keys of P (dP - delta) K.
 template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_queries(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                                                Heads s, float scale) {
+                                                                                Heads s, float scale, Angles turned) {
     bf16* stages = (bf16*)shared_memory();                                      // two, of 64 keys and 64 values
     auto K = [=](int j) { return stages + j % 2 * 128 * D; };
     auto V = [=](int j) { return K(j) + 64 * D; };
@@ -259,6 +278,7 @@ template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_queries
             }
         flash_accumulate<D>(dq, p, K(j));
     }
+    flash_turn_back<D>(dq, turned, first, s.T);
     __syncthreads();                                                            // every warp has read its last tile
     flash_store<D>(dqkv + (start + first) * row + h * D, row, s.T - first, K(0) + 16 * warp * D, [&](int n, int e) { return dq[n][e]; });
 }
@@ -266,7 +286,7 @@ template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_queries
 // Block: 64 keys of one (sequence, key/value head), over all queries after them of every head of the group:
 // dV = sum of P^T dO, dK = scale sum of (P (dP - delta))^T Q. Everything is transposed: rows are keys, columns queries.
 template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_keys(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                                             Heads s, float scale) {
+                                                                             Heads s, float scale, Angles turned) {
     bf16 *K = (bf16*)shared_memory(), *V = K + 64 * D, *stages = V + 64 * D;    // two stages, of 64 queries and their dO
     auto Q = [=](int n) { return stages + n % 2 * 128 * D; };
     auto G = [=](int n) { return Q(n) + 64 * D; };
@@ -327,6 +347,7 @@ template <int D> __global__ void __launch_bounds__(flash_lanes, 2) flash_keys(bf
         flash_accumulate<D>(dk, dp, Q(n));
         stats[(n + 1) % 2 * 128 + threadIdx.x] = next;
     }
+    flash_turn_back<D>(dk, turned, first, s.T);
     bf16* to = dqkv + (start + first) * row;
     flash_store<D>(to + key_at, row, s.T - first, K + 16 * warp * D, [&](int n, int e) { return dk[n][e]; });
     flash_store<D>(to + value_at, row, s.T - first, V + 16 * warp * D, [&](int n, int e) { return dv[n][e]; });
@@ -339,11 +360,11 @@ inline bool flash_serves(const Heads& s) { return sizeof(act_t) == sizeof(bf16) 
 template <int D> void flash_forward_run(Ctx& ctx, act_t* out, act_t* low, float* lse, const act_t* qkv, Heads s, float scale) {
     start(ctx, flash_forward<D>, (int64_t)(s.T + 127) / 128 * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), (bf16*)out, (bf16*)low, lse, (const bf16*)qkv, s, scale);
 }
-template <int D> void flash_backward_run(Ctx& ctx, act_t* dqkv, const act_t* qkv, const act_t* dout, const float* lse, const float* delta, Heads s, float scale) {
+template <int D> void flash_backward_run(Ctx& ctx, act_t* dqkv, const act_t* qkv, const act_t* dout, const float* lse, const float* delta, Heads s, float scale, Angles turned) {
     int64_t blocks = (s.T + 63) / 64;
     bf16* to = (bf16*)dqkv;
     const bf16 *from = (const bf16*)qkv, *grad = (const bf16*)dout;
-    start(ctx, flash_queries<D>, blocks * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), to, from, grad, lse, delta, s, scale);
-    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, 384 * D * sizeof(bf16) + 256 * sizeof(float), to, from, grad, lse, delta, s, scale);
+    start(ctx, flash_queries<D>, blocks * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), to, from, grad, lse, delta, s, scale, turned);
+    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, 384 * D * sizeof(bf16) + 256 * sizeof(float), to, from, grad, lse, delta, s, scale, turned);
 }
 #endif

@@ -220,7 +220,7 @@ inline int64_t parameter_count(const std::vector<Tensor>& table, bool body_only 
 // Layers. Each launcher states shapes; all matrices are row-major and contiguous unless a stride is given.
 
 struct init_weights; struct embedding_forward; struct embedding_backward; struct residual_rmsnorm_forward;
-struct rmsnorm_backward; struct sum_chunks; struct rope; struct swiglu_forward; struct swiglu_backward; struct cross_entropy;
+struct rmsnorm_backward; struct sum_chunks; struct swiglu_forward; struct swiglu_backward; struct cross_entropy;
 struct sum_rows; struct square_chunks; struct copy_chunks; struct product_chunks; struct adamw;
 
 constexpr int64_t chunk = 16384;                                              // elements of a flat array that one group works on
@@ -332,22 +332,6 @@ inline void rope_table(std::vector<acc_t>& cosine, std::vector<acc_t>& sine, con
             cosine[(size_t)t * half_d + i] = cs, sine[(size_t)t * half_d + i] = sn;
         }
     }
-}
-
-// Rotates query and key heads of qkv (N x row) in place: (a, b) -> (a cos - b sin, b cos + a sin) with b half a head after a.
-// direction -1 rotates back, which is the gradient. Torch: q * cos + rotate_half(q) * sin.
-inline void rotate(Ctx& ctx, act_t* qkv, const acc_t* cosine, const acc_t* sine, Heads s, acc_t direction) {
-    int turned = s.H + s.KV, D = s.D, T = s.T;
-    int64_t row = s.row();
-    for_rows<rope, 8>(ctx, {(double)s.B * T * turned * D * 2 * sizeof(act_t), 0}, (int64_t)s.B * T * turned, KERNEL(Group<8> g, int64_t r) {
-        int64_t n = r / turned, t = n % T * (D / 2);
-        act_t* a = qkv + n * row + r % turned * D;
-        g.map(D / 2, [=](acc_t& u, acc_t& v, acc_t cs, acc_t sn) {
-            acc_t w = direction * sn, first = u * cs - v * w;
-            v = v * cs + u * w;
-            u = first;
-        }, a, a + D / 2, cosine + t, sine + t);
-    });
 }
 
 // s (N x F) = silu(gate) * up, gu (N x 2F) = [gate | up]. Torch: F.silu(gate) * up.
@@ -809,7 +793,7 @@ inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
     const LayerLinears& w = m.linears[l];
     int64_t N = (int64_t)shape.B * shape.T;
     linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim, m.x_amax), N);
-    rotate(ctx, a.qkv, m.cosine, m.sine, shape, 1);
+    rotate(ctx, a.qkv, {m.cosine, m.sine}, shape, 1);
     attention_forward(ctx, a.att, a.att_low, a.lse, a.qkv, shape);
     linear_forward(ctx, w.o, m.operands, m.y, mat(a.att, w.o.in), N);
     residual_rmsnorm(ctx, a.mid, a.h2, a.rstd2, a.x, m.y, m.weights[l].ffn_norm, N, c.dim, (acc_t)c.norm_eps, m.x_amax);
@@ -891,8 +875,7 @@ inline void block_backward(Ctx& ctx, Model& m, int l, Heads shape) {
     linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn, m.d_amax), mat(a.h2, C), N);
     rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim, m.d_amax);
     linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C, m.d_amax), mat(a.att, w.o.in), N);
-    attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape);
-    rotate(ctx, m.d_wide, m.cosine, m.sine, shape, -1);
+    attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape, {m.cosine, m.sine});
     linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
     rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim, m.d_amax);
 }

@@ -134,7 +134,7 @@ int main(int argc, char** argv) {
         AdamW adam = {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, 0.1f, 0.05f};
         b.row("residual_rmsnorm", gu, x, N * C, [&] { residual_rmsnorm(ctx, z, s, rstd, x, y, w, N, C, 1e-5f); });
         b.row("rmsnorm_backward", gu, x, N * C, [&] { rmsnorm_grad(ctx, z, w, partial, x, y, rstd, w, N, C); });
-        b.row("rope", gu, x, N * C, [&] { rotate(ctx, qkv, cosine, sine, heads, 1); });
+        b.row("rope", gu, x, N * C, [&] { rotate(ctx, qkv, {cosine, sine}, heads, 1); });
         b.row("swiglu_forward", y, x, N * C, [&] { swiglu(ctx, s, gu, N, F); });
         b.row("swiglu_backward", y, x, N * C, [&] { swiglu_grad(ctx, gu, s, N, F); });
         b.row("square_chunks", y, x, N * C, [&] { sum_squares(ctx, partial, g, P); });

@@ -595,7 +595,7 @@ static void test_rotate(Run& r) {
             Buffer<acc_t> cs(r, n, [&](int64_t i) { return cosine[i]; }), sn(r, n, [&](int64_t i) { return sine[i]; });
             Buffer<act_t> qkv(r, N * Q, [&](int64_t) { return rng(2); });
             std::vector<double> x = qkv.values();
-            rotate(r.ctx, qkv.p, cs.p, sn.p, s, (acc_t)direction);
+            rotate(r.ctx, qkv.p, {cs.p, sn.p}, s, (acc_t)direction);
             qkv.fetch();
             for (int64_t i = 0; i < N * Q && r.compare; i++) {
                 int64_t t = i / Q % s.T, head = i % Q / s.D, d = i % s.D, half = s.D / 2;

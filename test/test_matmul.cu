@@ -119,8 +119,8 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
             wide = mat(values.p, cols), narrow = narrow_mat(cell, inner);
             narrow.data = packed.p, narrow.scale = nullptr;
             if (has_scale_bytes(cell)) narrow.blocks = packed.p + packed_bytes(cell, outer, inner);
-            quantise_operand(r.ctx, call, false, wide, mat(from.p, cols));
-            quantise_operand(r.ctx, call, true, narrow, mat(from.p, cols));
+            quantise_operand(r.ctx, call, wide, mat(from.p, cols));
+            quantise_operand(r.ctx, call, narrow, mat(from.p, cols));
             if (has_tensor_scale(cell)) wide.scale = narrow.scale = scale.p + 1;
             if (axis == Axis::column) wide = wide.transposed();
             values.fetch();
@@ -217,6 +217,11 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
     out.fetch(), low.fetch(), lse.fetch();
     attention_backward(r.ctx, dqkv.p, delta.p, dout.p, qkv.p, out.p, lossy ? low.p : nullptr, lse.p, s);
     dqkv.fetch();
+    // The same, turned back by angles: any will do.
+    Buffer<acc_t> cosine(r, (int64_t)T * D / 2, [](int64_t i) { return std::cos(0.7 * i); }), sine(r, (int64_t)T * D / 2, [](int64_t i) { return std::sin(0.7 * i); });
+    Buffer<act_t> back(r, N * Q);
+    attention_backward(r.ctx, back.p, delta.p, dout.p, qkv.p, out.p, lossy ? low.p : nullptr, lse.p, s, {cosine.p, sine.p});
+    back.fetch();
     if (!r.compare) return;
     const double scale = 1 / std::sqrt((double)D), sum_u = (2 * T + 8 * group + 40) * u;
     std::vector<double> x = qkv.values(), g = dout.values(), o = out.values(), want(N * Q), tol(N * Q);
@@ -262,6 +267,16 @@ static void test_attention_shape(Run& r, Heads s, double spread) {
                 }
             }
     for (int64_t i = 0; i < N * Q; i++) r.verdict.close(dqkv[i], want[i], tol[i] + act_u * std::fabs(want[i]) + 1e-36, "dqkv", i);
+    const bool twice = lossy && D != 64 && D != 128;                          // plain kernels round before they turn, too
+    for (int64_t i = 0; i < N * Q; i++) {
+        int64_t d = i % D, half = D / 2, head = i % Q / D, at = i / Q % T * half + d % half, other = d < half ? i + half : i - half;
+        if (head >= H + s.KV) {
+            r.verdict.note(back[i] == dqkv[i], "dV[%ld] is turned", (long)i);
+            continue;
+        }
+        double cs = cosine[at], sn = d < half ? sine[at] : -sine[at], v = want[i] * cs + want[other] * sn, size = std::fabs(want[i] * cs) + std::fabs(want[other] * sn);
+        r.verdict.close(back[i], v, tol[i] * std::fabs(cs) + tol[other] * std::fabs(sn) + 4 * u * size + act_u * (std::fabs(v) + twice * size) + 1e-36, "dqkv turned back", i);
+    }
 }
 
 static void test_attention(Run& r) {
