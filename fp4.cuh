@@ -3,6 +3,7 @@
 // A cell (Operand) says how a matrix becomes the operand of a GEMM. quantise() obeys it in two passes over the matrix:
 //
 //     tensor_scale()   amax of the whole matrix -> S_enc, S_dec                    (only formats with a tensor scale; of row amaxes, if noted)
+//     row_scales()     amax of each row -> its scale                               (FP8 with block = row)
 //     quantise()       tile by tile: load, Hadamard, amax of every block -> block scale, round every element, store
 //
 // Both operands that one matrix becomes, along its rows and down its columns, can be made in one such pass: quantise() takes a list of jobs.
@@ -100,7 +101,7 @@ HD float inverse_e8m0(uint32_t f) {
 // Cells
 
 enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4, e2m1 };   // e2m1: blocks of 16 under float scales, never rounded
-enum class Block { vector, square };                  // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32)
+enum class Block { vector, square, row };             // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32); FP8 alone: all of a row
 enum class Rounding { nearest, stochastic };
 enum class Scale { te, headroom, four_six, po2, floor, ceil };
 enum class Signs { fixed, random, plus };
@@ -145,7 +146,9 @@ inline Minifloat element_of(Format f) { return is_4bit(f) ? e2m1 : f == Format::
 HD bool is_carried(Operand c) { return c.carrier != Carrier::own; }
 inline Minifloat stored_as(Operand c) { return c.carrier == Carrier::e4m3 ? e4m3 : c.carrier == Carrier::e5m2 ? e5m2 : element_of(c.format); }
 HD bool has_scale_bytes(Operand c) { return has_blocks(c.format) && !is_carried(c); }
-HD bool has_tensor_scale(Operand c) { return c.format == Format::fp8 || c.format == Format::fp8_e5m2 || c.format == Format::nvfp4 || is_carried(c); }
+HD bool is_fp8(Format f) { return f == Format::fp8 || f == Format::fp8_e5m2; }
+HD bool has_row_scales(Operand c) { return is_fp8(c.format) && c.block == Block::row; }
+HD bool has_tensor_scale(Operand c) { return (is_fp8(c.format) && c.block != Block::row) || c.format == Format::nvfp4 || is_carried(c); }
 // The exponent of the largest power-of-two block scale that c's storage has room for: 6 times it is the largest value.
 inline int top_exponent(Operand c) { return c.carrier == Carrier::e4m3 ? 6 : c.carrier == Carrier::e5m2 ? 13 : 8; }
 
@@ -361,6 +364,7 @@ struct QuantCall {
     const acc_t *low_a = nullptr, *low_b = nullptr;     // a low-rank part (rows x k)(k x cols) that is taken away first, tile by tile
     int k = 0;
     const float* row_amax = nullptr;                    // max |x| of every row of the source, where whoever wrote it took note; else null
+    float* row_scale = nullptr;                         // where row_scales() leaves them (outer); null: in `partial`
 };
 // Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became
 // zero, elements beyond the largest code; how many were looked at; and whose product of code and scale the carrier does not hold.
@@ -387,12 +391,16 @@ inline size_t packed_scale_bytes(Operand c, int64_t outer, int64_t inner, ScaleO
     return (size_t)(order == ScaleOrder::plain ? outer * blocks : (outer + 127) / 128 * ((blocks + 3) / 4) * 512);
 }
 
-constexpr int64_t amax_chunk = 16384;
-inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
+constexpr int64_t amax_chunk = 16384, amax_rows = 256;
+// Floats of scratch: partial amaxes; or a tally for each sampled tile; then scales of rows, and partial amaxes of columns.
+inline int64_t tile_partials(Operand c, int64_t rows, int64_t cols) {
     int64_t tiles = 0;
     for (int height = 16; height <= 128; height *= 2)                              // beside another operand tiles may be higher than its own
         for (Axis axis : {Axis::row, Axis::column}) tiles = std::max(tiles, tile_shape(c, axis, rows, cols, height).count);
     return std::max((rows * cols + amax_chunk - 1) / amax_chunk, tiles + tally_sums * (tiles / tally_every + 1));
+}
+inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
+    return tile_partials(c, rows, cols) + (has_row_scales(c) ? std::max(rows, cols) + (rows + amax_rows - 1) / amax_rows * cols : 0);
 }
 
 // |x| for a maximum that a NaN must win: infinity stands for both.
@@ -459,6 +467,48 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     });
 }
 
+// FP8 rows: the smallest normal power of two under which nothing of the row saturates. FP8 has exponents of its own, so a finer scale would
+// resolve no better; and bf16 holds code times scale.
+HD float row_scale(float amax, Minifloat f) {
+    uint32_t e = e8m0_ceil(amax, f);
+    return decode_e8m0(e ? e : 1);
+}
+inline float* row_scales_of(const QuantCall& q) { return q.row_scale ? q.row_scale : q.partial + tile_partials(q.cell, q.rows, q.cols); }
+
+// Scales of the rows of the operand: of the source's rows, or of its columns.
+template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* from) {
+    float* to = row_scales_of(q);
+    int64_t rows = q.rows, cols = q.cols;
+    Minifloat f = element_of(q.cell.format);
+    Cost cost = {(double)rows * cols * sizeof(From), 0};
+    if (q.axis == Axis::row) {
+        const float* noted = q.row_amax;
+        for_rows<quantise_amax, 256>(ctx, noted ? Cost{} : cost, rows, KERNEL(Group<256> g, int64_t r) {
+            acc_t m = noted ? (acc_t)noted[r] : g.max((int)cols, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + r * cols);
+            if (g.lane() == 0) to[r] = row_scale((float)m, f);
+        });
+        return;
+    }
+    const int64_t strip = 512, strips = (cols + strip - 1) / strip, chunks = (rows + amax_rows - 1) / amax_rows;
+    float* partial = q.partial + tile_partials(q.cell, rows, cols) + std::max(rows, cols);
+    for_rows<quantise_amax, 256>(ctx, cost, chunks * strips, KERNEL(Group<256> g, int64_t i) {
+        int64_t first = i / strips * amax_rows, last = first + amax_rows < rows ? first + amax_rows : rows, c0 = i % strips * strip;
+        g.each((int)(cols - c0 < strip ? cols - c0 : strip), [=](int c) {
+            float m = 0;
+            for (int64_t r = first; r < last; r++) m = larger(m, magnitude_or_infinity((float)load(from + r * cols + c0 + c)));
+            partial[i / strips * cols + c0 + c] = m;
+        });
+    });
+    for_rows<quantise_scale, 256>(ctx, {}, strips, KERNEL(Group<256> g, int64_t i) {
+        int64_t c0 = i * strip;
+        g.each((int)(cols - c0 < strip ? cols - c0 : strip), [=](int c) {
+            float m = 0;
+            for (int64_t k = 0; k < chunks; k++) m = larger(m, partial[k * cols + c0 + c]);
+            to[c0 + c] = row_scale(m, f);
+        });
+    });
+}
+
 // The scale of a block of this amax: `code` multiplies elements into the grid, `value` (the scale byte's value) multiplies codes.
 struct BlockScale { float code, value; };
 HD BlockScale nvfp4_scale(float base, float S_dec) {
@@ -500,6 +550,7 @@ template <class To> struct QuantJob {
     Minifloat element = {}, holder = {};
     ScaleRule rule = {};
     float most = 0;                 // the largest power-of-two block scale
+    const float* row_scale = nullptr;
 };
 
 template <class To, int n> struct QuantJobs { QuantJob<To> job[n]; };            // a struct, which a kernel can be given
@@ -519,7 +570,7 @@ template <class G, class To, class From> HD void quantise_tile(G g, const QuantJ
     const Minifloat f = job.element, holder = job.holder;
     const ScaleRule rule = job.rule;
     const Packed packed = job.packed;
-    const float most = job.most, *scale = q.scale;
+    const float most = job.most, *scale = q.scale, *row_scale = job.row_scale;
     const bool blocks = has_blocks(cell.format), mx = is_mx(cell.format), square = blocks && cell.block == Block::square, wide = block_length(cell.format) == 32;
     const bool stochastic = cell.rounding == Rounding::stochastic, choose = cell.format == Format::nvfp4 && cell.scale == Scale::four_six;
     const bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell), down = q.axis == Axis::column, nibbles = is_nibbles(cell);
@@ -549,7 +600,12 @@ template <class G, class To, class From> HD void quantise_tile(G g, const QuantJ
         combine(g, t, s.amax, s.group, square, wide, larger);
     }
     float per_amax = S_enc * rule.inverse_top;
-    if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
+    if (row_scale) g.each(tile_units, [&](int u) {
+        int64_t o = down ? c0 + (u & (t.C - 1)) : r0 + (16 * u >> t.shift);
+        float v = o < (down ? t.cols : t.rows) ? row_scale[o] : 1.f;
+        s.enc[u] = 1.f / v, s.dec[u] = v;
+    });
+    else if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
     else if (mx) g.each(tile_units, [&](int u) {
         BlockScale b = mx_scale(s.amax[u], f, ceil);
         s.enc[u] = b.code, s.dec[u] = b.value * S_enc;                     // 1 unless carried
@@ -653,7 +709,7 @@ template <class G, class To, class From> HD void quantise_tile(G g, const QuantJ
 }
 
 // Every job's operand of one matrix, which is read once: a tile stays near the lanes while each job takes its turn with it. What a job
-// makes: code times block scale of every element; and, where asked, the packed form. Call tensor_scale() first for formats that have one;
+// makes: code times block scale of every element; and, where asked, the packed form. Call tensor_scale() or row_scales() first for formats that have them;
 // jobs' `partial` and `scale` are their own.
 template <class To, int n, class From> void quantise(Ctx& ctx, QuantJobs<To, n> jobs, const From* from) {
     Cost cost = {(double)jobs.job[0].call.rows * jobs.job[0].call.cols * sizeof(From), 0};
@@ -663,6 +719,7 @@ template <class To, int n, class From> void quantise(Ctx& ctx, QuantJobs<To, n> 
         Operand cell = j.call.cell;
         j.tiles = tile_shape(cell, j.call.axis, j.call.rows, j.call.cols, height);
         j.element = element_of(cell.format), j.holder = stored_as(cell), j.rule = scale_rule(cell), j.most = std::ldexp(1.f, top_exponent(cell));
+        j.row_scale = has_row_scales(cell) ? row_scales_of(j.call) : nullptr;
         cost.bytes += (double)j.call.rows * j.call.cols * ((j.to ? sizeof(To) : 0) + (j.packed.codes ? 1 : 0));
     }
     const int64_t tiles = jobs.job[0].tiles.count;

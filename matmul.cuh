@@ -24,8 +24,9 @@
 #endif
 
 // The narrow ones are as a tensor core reads them: fp8 (E4M3) and fp8_e5m2 under one float scale, or none; mxfp8 (E4M3) under an E8M0
-// byte for every 32 elements; nvfp4 (E2M1, the even element in the lower half of a byte) under an E4M3 byte for every 16.
-enum class Type : int { f32, bf16, f64, fp8, fp8_e5m2, mxfp8, nvfp4 };
+// byte for every 32 elements; nvfp4 (E2M1, the even element in the lower half of a byte) under an E4M3 byte for every 16; fp8_row (E4M3)
+// under a float for every row.
+enum class Type : int { f32, bf16, f64, fp8, fp8_e5m2, mxfp8, nvfp4, fp8_row };
 template <class T> constexpr Type type_of();
 template <> constexpr Type type_of<float>() { return Type::f32; }
 template <> constexpr Type type_of<bf16>() { return Type::bf16; }
@@ -36,8 +37,8 @@ HD bool is_narrow(Type t) { return t >= Type::fp8; }
 HD bool is_tensorwise(Type t) { return t == Type::fp8 || t == Type::fp8_e5m2; }
 
 // A row-major matrix in memory. transposed(): the same memory, read as its transpose. scale: one float on the device that
-// multiplies the whole matrix (an FP4 operand's tensor scale), or null. blocks: scale bytes of mxfp8 and nvfp4, in tiles of 128 x 4.
-// row_amax: every row's max |x| as the kernel that made the matrix left it, or null.
+// multiplies the whole matrix (an FP4 operand's tensor scale), or null. blocks: scale bytes of mxfp8 and nvfp4, in tiles of 128 x 4; the
+// rows' floats of fp8_row. row_amax: every row's max |x| as the kernel that made the matrix left it, or null.
 struct Mat {
     const void* data;
     Type type;
@@ -87,7 +88,7 @@ struct MatmulPlans {
     static const char* library() { return "cuBLASLt"; }
 
     static cudaDataType_t cuda_type(Type t) {
-        static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16BF, CUDA_R_64F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2, CUDA_R_8F_E4M3, CUDA_R_4F_E2M1};
+        static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16BF, CUDA_R_64F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2, CUDA_R_8F_E4M3, CUDA_R_4F_E2M1, CUDA_R_8F_E4M3};
         return types[(int)t];
     }
     static void set_scale(const Plan& p, bool of_b, const void* scale) {
@@ -101,12 +102,12 @@ struct MatmulPlans {
         auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
         (void)lda, (void)ldb, (void)ldc, (void)ta, (void)tb, (void)type_c, (void)add, (void)scaled;
         bool pair = is_tensorwise(type_a) ? is_tensorwise(type_b) : is_narrow(type_a) && type_a == type_b;
-        bool whole = m % 16 == 0 && n % 16 == 0 && k % (is_tensorwise(type_a) ? 16 : 32) == 0;
+        bool whole = m % 16 == 0 && n % 16 == 0 && k % (is_tensorwise(type_a) || type_a == Type::fp8_row ? 16 : 32) == 0;
         return native && pair && whole && find(key).found;
     }
     // The same for a large GEMM of operands (outer x inner) of these types: asked first, once a pair, so that a GPU without them is asked no more.
     bool serves(Type a, Type b) {
-        const float* scale = a == Type::mxfp8 ? nullptr : factors;
+        const float* scale = a == Type::mxfp8 || a == Type::fp8_row ? nullptr : factors;
         return has(matmul_key({nullptr, a, 1024, false, scale}, {nullptr, b, 1024, true, scale}, 1024, 1024, 1024, 1024, Type::f32, false));
     }
 
@@ -131,10 +132,12 @@ struct MatmulPlans {
         CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_POINTER_MODE, &where, sizeof where));
         // Block scales: cuBLAS documentation, "Narrow precision data types usage". Their pointers must be there when the heuristic is asked.
         // FP8's tensor scales stay SCALAR_32F, the default. FAST_ACCUM stays 0, the default: partial sums are promoted to float in all GEMMs.
-        int32_t mode = type_b == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 : CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
-        if (type_b == Type::nvfp4 || type_b == Type::mxfp8) CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode));
-        mode = type_a == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 : CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
-        if (type_a == Type::nvfp4 || type_a == Type::mxfp8) CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode));
+        auto set_mode = [&](Type t, cublasLtMatmulDescAttributes_t which) {
+            int32_t mode = t == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 : t == Type::mxfp8 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0
+                         : CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+            if (is_narrow(t) && !is_tensorwise(t)) CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, which, &mode, sizeof mode));
+        };
+        set_mode(type_b, CUBLASLT_MATMUL_DESC_A_SCALE_MODE), set_mode(type_a, CUBLASLT_MATMUL_DESC_B_SCALE_MODE);
         if (is_narrow(type_b)) set_scale(p, false, workspace);
         if (is_narrow(type_a)) set_scale(p, true, workspace);
         CUBLAS(cublasLtMatrixLayoutCreate(&p.a, cuda_type(type_b), tb ? k : n, tb ? n : k, ldb));

@@ -48,6 +48,7 @@ struct Recipe {
 constexpr auto vec = Block::vector, square = Block::square;
 constexpr auto rn = Rounding::nearest, sr = Rounding::stochastic;
 constexpr Operand f32 = {Format::f32}, b16 = {Format::bf16}, fp8 = {Format::fp8}, fp8g = {Format::fp8_e5m2};
+constexpr Operand f8r = {Format::fp8, Block::row};
 constexpr Operand mx8 = {Format::mxfp8, vec, rn, Scale::ceil}, mx4 = {Format::mxfp4, vec, rn, Scale::ceil};
 constexpr Operand nvf = {Format::nvfp4}, nvf_sr = {Format::nvfp4, vec, sr}, nvf_sq = {Format::nvfp4, square};
 constexpr Operand nvf_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nvf_sr_h = {Format::nvfp4, vec, sr, Scale::te, 16};
@@ -86,6 +87,8 @@ inline const std::vector<Recipe>& recipes() {
                           {b16,  b16,     b16,   b16,    b16,     b16}},
         {"fp8",           "FP8, one scale a tensor: E4M3, gradients E5M2",
                           {fp8,  fp8,     fp8g,  fp8,    fp8g,    fp8}},
+        {"fp8-rows",      "E4M3, a power-of-two scale for each row of an operand",
+                          {f8r,  f8r,     f8r,   f8r,    f8r,     f8r}},
         {"mxfp8",         "E4M3 in blocks of 32 under power-of-two scales",
                           {mx8,  mx8,     mx8,   mx8,    mx8,     mx8}},
         {"nvfp4",         "E2M1 in blocks of 16 under E4M3 scales, nearest everywhere",
@@ -125,7 +128,7 @@ struct CellKey {
 inline const std::vector<CellKey>& cell_keys() {
     static const std::vector<CellKey> keys = {
         {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}},
-        {"block", {"vector", "square"}},
+        {"block", {"vector", "square", "row"}},
         {"rounding", {"nearest", "stochastic"}},
         {"scale", {"te", "headroom", "four_six", "po2", "floor", "ceil"}},
         {"hadamard", {"0", "16", "32", "64", "128"}},
@@ -144,6 +147,7 @@ inline const std::vector<CellKey>& cell_keys() {
 inline std::string cell_text(Operand c) {
     std::string text = (c.split ? "split " : "") + std::string(cell_keys()[0].values[(int)c.format]);
     if (has_blocks(c.format) && c.block == Block::square) text += is_mx(c.format) ? " 32x32" : " 16x16";
+    if (has_row_scales(c)) text += " rows";
     if (c.rounding == Rounding::stochastic) text += " sr";
     if (c.scale == Scale::headroom) text += " 17/16";
     if (c.scale == Scale::four_six) text += " 4/6";
@@ -213,6 +217,7 @@ inline void set_cells(Recipe& r, const std::string& changes) {
                 if (is_mx(c.format) && c.scale < Scale::floor) c.scale = Scale::ceil;
                 if (!is_mx(c.format) && (c.format != Format::nvfp4 || c.scale >= Scale::floor)) c.scale = Scale::te;
                 if (!is_4bit(c.format)) c.carrier = Carrier::own;
+                if (!is_fp8(c.format) && c.block == Block::row) c.block = Block::vector;
             }
             if (k == 1) c.block = (Block)v;
             if (k == 2) c.rounding = (Rounding)v;
@@ -239,6 +244,8 @@ inline std::string recipe_error(const Recipe& r) {
         auto refuse = [&](const char* why) { if (error.empty()) error = std::string(operand_names[i]) + " of recipe " + r.name + ": " + why; };
         if (!is_quantised(c.format) && !(c == Operand{c.format})) refuse("f32 and bf16 take no block, rounding, scale, hadamard or split");
         if (!has_blocks(c.format) && c.block == Block::square) refuse("only nvfp4, mxfp4 and mxfp8 have blocks");
+        if (!is_fp8(c.format) && c.block == Block::row) refuse("only fp8 and fp8_e5m2 have scales of whole rows");
+        if (has_row_scales(c) && (c.hadamard || c.split)) refuse("an operand with scales of whole rows takes no hadamard and no split");
         if (c.format == Format::nvfp4 && c.scale >= Scale::floor) refuse("nvfp4's scale is te, headroom, four_six or po2");
         if (is_mx(c.format) && c.scale < Scale::floor) refuse("an MX format's scale is floor or ceil");
         if (c.format != Format::nvfp4 && !is_mx(c.format) && c.scale != Scale::te) refuse("only nvfp4 and MX formats have scale rules");
@@ -267,10 +274,10 @@ inline bool is_quantised(const Recipe& r) {
     return false;
 }
 
-// Whether amaxes of whole rows are of use: for a tensor scale that is of the matrix as it is.
+// Whether amaxes of whole rows are of use: for their own scales, or a tensor scale, of the matrix as it is.
 inline bool uses_amax(const Recipe& r) {
     for (const Operand& c : r.cell)
-        if (has_tensor_scale(c) && !c.split && !c.hadamard) return true;
+        if ((has_tensor_scale(c) || has_row_scales(c)) && !c.split && !c.hadamard) return true;
     return false;
 }
 inline bool is_split(const Recipe& r) {
@@ -347,6 +354,7 @@ inline int64_t thin_columns(const Recipe& r, Which which, int k) { return k * (r
 inline Type narrow_type(const Operand& c) {
     if (c.split || c.along == Along::other) return Type::f32;
     if (is_carried(c)) return c.carrier == Carrier::e4m3 ? Type::fp8 : Type::fp8_e5m2;
+    if (has_row_scales(c)) return c.format == Format::fp8 ? Type::fp8_row : Type::f32;
     return c.format == Format::fp8 ? Type::fp8 : c.format == Format::fp8_e5m2 ? Type::fp8_e5m2 : c.format == Format::mxfp8 ? Type::mxfp8
          : c.format == Format::nvfp4 ? Type::nvfp4 : Type::f32;
 }
@@ -395,14 +403,14 @@ template <class To, int n, class From> void quantise_as(Ctx& ctx, const Making<n
         const Mat& to = made.into[i];
         bool down = call.axis == Axis::column;
         // What lies between the last block and a tile's edge must be no NaN: padding is zero.
-        if (to.blocks) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, down ? call.cols : call.rows, down ? call.rows : call.cols, ScaleOrder::tiled));
+        if (to.blocks && has_scale_bytes(call.cell)) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, down ? call.cols : call.rows, down ? call.rows : call.cols, ScaleOrder::tiled));
         jobs.job[i].call = call;
         if (is_narrow(to.type)) jobs.job[i].packed = {(uint8_t*)to.data, (uint8_t*)to.blocks, ScaleOrder::tiled};
         else jobs.job[i].to = (To*)to.data;
     }
     quantise(ctx, jobs, from);
 }
-// Tensor scales are there.
+// After outer_scales() of each.
 template <int n> void quantise_operands(Ctx& ctx, const Making<n>& made, const Mat& from) {
     Type type = operand_type(made.call[0].cell.format);
     if (from.type == Type::bf16) {
@@ -411,13 +419,17 @@ template <int n> void quantise_operands(Ctx& ctx, const Making<n>& made, const M
     } else if (type == Type::bf16) quantise_as<bf16>(ctx, made, (const acc_t*)from.data);
     else quantise_as<acc_t>(ctx, made, (const acc_t*)from.data);
 }
-inline void tensor_scale(Ctx& ctx, const QuantCall& call, const Mat& from) {
-    if (!has_tensor_scale(call.cell)) return;
-    if (from.type == Type::bf16) tensor_scale(ctx, call, (const bf16*)from.data);
-    else tensor_scale(ctx, call, (const acc_t*)from.data);
+// The scales that are there before quantise(): the tensor's, or the rows'.
+inline void outer_scales(Ctx& ctx, const QuantCall& call, const Mat& from) {
+    auto make = [&](auto* data) {
+        if (has_tensor_scale(call.cell)) tensor_scale(ctx, call, data);
+        if (has_row_scales(call.cell)) row_scales(ctx, call, data);
+    };
+    if (from.type == Type::bf16) make((const bf16*)from.data);
+    else make((const acc_t*)from.data);
 }
 inline void quantise_operand(Ctx& ctx, const QuantCall& call, const Mat& to, const Mat& from) {
-    tensor_scale(ctx, call, from), quantise_operands(ctx, Making<1>{{call}, {to}}, from);
+    outer_scales(ctx, call, from), quantise_operands(ctx, Making<1>{{call}, {to}}, from);
 }
 
 // Whether D's two operands are made in one pass over it, which costs a third operand's memory and saves a read of D.
@@ -592,7 +604,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
 
 // Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its slot of s unless it can be used
 // as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted). native: as a tensor core
-// reads it, codes and behind them scale bytes; for the dimensions that has() admits both fit where the bf16 operand would. If it is
+// reads it, codes and behind them scales; for the dimensions that has() admits both fit where the bf16 operand would. If it is
 // one of D's and `later` is given, its elements await quantise_operands(), in the place of its GEMM.
 inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols, bool native = false,
                         Making<2>* later = nullptr) {
@@ -624,8 +636,9 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
                 int64_t outer = axis == Axis::row ? rows : cols, inner = axis == Axis::row ? cols : rows;
                 p.r.type = narrow_type(cell), p.r.ld = inner;
                 if (has_scale_bytes(cell)) p.r.blocks = (const uint8_t*)p.r.data + packed_bytes(cell, outer, inner);
+                if (has_row_scales(cell)) call.row_scale = (float*)((uint8_t*)p.r.data + packed_bytes(cell, outer, inner)), p.r.blocks = (const uint8_t*)call.row_scale;
             }
-            if (!scaled) tensor_scale(ctx, call, source);
+            if (!scaled) outer_scales(ctx, call, source);
             if (later) later->call[which / 2 - 1] = call, later->into[which / 2 - 1] = p.r;
             else quantise_operands(ctx, Making<1>{{call}, {p.r}}, source);
             if (has_tensor_scale(cell)) p.r.scale = call.scale + 1;
@@ -704,7 +717,7 @@ template <class T> void linear_backward(Ctx& ctx, const Linear& lin, const Opera
     bool native_w = runs_natively(ctx, *lin.recipe, wgrad_d, lin.out, lin.in, rows, type_of<acc_t>(), true);
     // Without blocks, a Hadamard, a split or random draws an operand has no axis: D serves twice. A tensor core reads (outer x inner) alone.
     const Operand &once = lin.recipe->cell[dgrad_d], &again = lin.recipe->cell[wgrad_d];
-    bool same = once == again && !has_blocks(once.format) && !once.hadamard && !once.split && once.rounding == Rounding::nearest && !native && !native_w;
+    bool same = once == again && !has_blocks(once.format) && !has_row_scales(once) && !once.hadamard && !once.split && once.rounding == Rounding::nearest && !native && !native_w;
     bool together = !same && place_of(*lin.recipe, wgrad_d, s) == 2;
     Making<2> made;
     Prepared p = prepare(ctx, lin, dgrad_d, s, Axis::row, d, rows, lin.out, native, together ? &made : nullptr), turned;

@@ -64,6 +64,9 @@ MUTATIONS = [
     ("carrier: packed in blocks of 32", "fp4.cuh", "has_scale_bytes(c) ? block_length(c.format) : 16", "block_length(c.format)"),
     ("carrier: tensor scales taken over between MX rules", "metis.cuh", "a.scale == b.scale && a.carrier", "a.carrier"),
     ("carrier: tensor scales taken over between carriers", "metis.cuh", " && a.carrier == b.carrier && scale_rule(a)", " && scale_rule(a)"),
+    ("fp8 rows: scales that saturate", "fp4.cuh", "uint32_t e = e8m0_ceil(amax, f);\n    return decode_e8m0(e ? e : 1);", "uint32_t e = e8m0_floor(amax, f);\n    return decode_e8m0(e ? e : 1);"),
+    ("fp8 rows: a tile's first row for all", "fp4.cuh", "r0 + (16 * u >> t.shift)", "r0"),
+    ("fp8 rows: D serves twice", "metis.cuh", "!has_row_scales(once) && ", ""),
     ("one pass: the second amax in the first's place", "metis.cuh", "(scaled || slot < 2)", "true"),
     ("one pass: one tile shape too low", "fp4.cuh", "height = std::max(height, tile_height(j.call.cell, j.call.axis))", "height = height ? height : tile_height(j.call.cell, j.call.axis)"),
     # Hadamard

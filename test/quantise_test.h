@@ -43,6 +43,7 @@ template <class To, class From> Made make(Run& r, const Case& c, const std::vect
     if (packed) into.codes = codes.p, into.scales = scales.p, into.order = c.order;
     bool tensor = has_tensor_scale(c.cell);
     if (tensor) tensor_scale(r.ctx, call, (const From*)from.p);
+    if (has_row_scales(c.cell)) row_scales(r.ctx, call, (const From*)from.p);
     quantise(r.ctx, call, to.p, (const From*)from.p, into);
     Made m;
     for (double v : to.fetch().values()) m.value.push_back((float)v);

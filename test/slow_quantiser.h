@@ -193,7 +193,7 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
     bool mx = cell.format == Format::mxfp4 || cell.format == Format::mxfp8, nv = cell.format == Format::nvfp4, real = cell.format == Format::e2m1;
     bool room = nv && (cell.scale == Scale::headroom || (cell.scale == Scale::four_six && random));
     float cap = nv ? (cell.scale == Scale::four_six ? 256.f : 448.f) : 1.f, top = nv ? (room ? (float)(96. / 17) : 6.f) : (float)g.max();
-    bool carried = cell.carrier != Carrier::own;
+    bool carried = cell.carrier != Carrier::own, by_row = !mx && !nv && !real && cell.block == Block::row;
     const Grid& carrier = cell.carrier == Carrier::e4m3 ? e4m3() : e5m2();
     if (carried) m.top = (int)std::floor(std::log2(carrier.max() / 6));
     if (nv && cell.scale == Scale::po2) cap = std::ldexp(1.f, m.top);
@@ -202,7 +202,7 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
         int byte = e8m0(amax, 6, cell.scale == Scale::ceil);
         m.S_dec = byte == 255 ? NAN : amax == 0 ? 1 : std::ldexp(1.f, std::max(byte - 127 - m.top, -126)), m.S_enc = 1 / m.S_dec;
         if (byte == 255) return m;
-    } else if (!mx && !real) {
+    } else if (!mx && !real && !by_row) {
         float amax = amax_of(all);
         bool finite = amax <= 3.40282347e38f;
         m.S_enc = amax == 0 ? 1.f : clamped((cap * top) / amax), m.S_dec = finite ? 1.f / m.S_enc : NAN;
@@ -214,6 +214,19 @@ inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand
             for (int64_t i : at) d.push_back(random16(key, i / cols, i % cols, cols));
         return d;
     };
+    if (by_row) {                                                                      // FP8 by rows of the operand
+        for (int64_t o = 0; o < (down ? cols : rows); o++) {
+            std::vector<int64_t> at;
+            for (int64_t i = 0; i < (down ? rows : cols); i++) at.push_back(down ? i * cols + o : o * cols + i);
+            int byte = std::max(e8m0(amax_of(at), g.max(), true), 1);
+            std::vector<uint32_t> d = draws_of(at);
+            for (size_t i = 0; i < at.size() && byte != 255; i++) {
+                float v = (float)std::ldexp((double)m.x[at[i]], 127 - byte);
+                m.code[at[i]] = random ? stochastic(v, d[i], g) : nearest(v, g), m.scale[at[i]] = std::ldexp(1., byte - 127), m.value[at[i]] = g[m.code[at[i]]] * m.scale[at[i]];
+            }
+        }
+        return m;
+    }
     if (!mx && !nv && !real) {                                                         // FP8 by tensor
         std::vector<uint32_t> d = draws_of(all);
         for (int64_t i = 0; i < n; i++) {

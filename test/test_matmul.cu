@@ -120,6 +120,7 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
             narrow.data = packed.p, narrow.scale = nullptr;
             if (has_scale_bytes(cell)) narrow.blocks = packed.p + packed_bytes(cell, outer, inner);
             quantise_operand(r.ctx, call, wide, mat(from.p, cols));
+            if (has_row_scales(cell)) call.row_scale = (float*)(packed.p + packed_bytes(cell, outer, inner)), narrow.blocks = (const uint8_t*)call.row_scale;
             quantise_operand(r.ctx, call, narrow, mat(from.p, cols));
             if (has_tensor_scale(cell)) wide.scale = narrow.scale = scale.p + 1;
             if (axis == Axis::column) wide = wide.transposed();
@@ -155,7 +156,7 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
 static void test_native(Run& r) {
     typedef std::vector<std::pair<Operand, Operand>> Pairs;
     const Operand mx8_sq = {Format::mxfp8, Block::square, rn, Scale::ceil};
-    const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}, {mx4_8, mx4_8}, {mx4_8g, mx4_8}, {nvf_8, nvf_8g}, {fp8, mx4_8}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}};
+    const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}, {mx4_8, mx4_8}, {mx4_8g, mx4_8}, {nvf_8, nvf_8g}, {fp8, mx4_8}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}, {f8r, f8r}};
     const Shape shapes[] = {{16, 16, 32}, {48, 80, 96}, {144, 272, 160}, {272, 16, 256}};      // tiles of 128 x 4 scales: parts of one, several
     int served = 0;
     for (const char* sm : {"90", "100", "120"}) {
@@ -167,7 +168,7 @@ static void test_native(Run& r) {
                     bool offered = plans.serves(narrow_type(p), narrow_type(q));
                     served += offered;
 #ifdef METIS_EMULATED
-                    r.verdict.note(offered == (!has_scale_bytes(p) || atoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
+                    r.verdict.note(offered == (has_row_scales(p) ? atoi(sm) == 90 : !has_scale_bytes(p) || atoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
 #endif
                     if (!offered) continue;
                     for (auto [m, n, k] : shapes)
@@ -181,11 +182,11 @@ static void test_native(Run& r) {
             auto refused = [&](Mat a, Mat b, int64_t m, int64_t n, int64_t k) { r.verdict.note(!plans.has(matmul_key(a, b, m, n, k, n, Type::f32, false)), "a %ldx%ldx%ld product is offered", (long)m, (long)n, (long)k); };
             auto sides = [&](Type t, int64_t k) { return Mat{nullptr, t, k}; };
             r.verdict.note(!plans.serves(Type::fp8_e5m2, Type::fp8_e5m2) && !plans.serves(Type::f32, Type::f32) && !plans.serves(Type::nvfp4, Type::fp8) &&
-                           !plans.serves(Type::mxfp8, Type::fp8) && !plans.serves(Type::nvfp4, Type::bf16) && !plans.serves(Type::mxfp8, Type::nvfp4), "pairs that cuBLASLt has not");
-            for (Type t : {Type::fp8, Type::mxfp8, Type::nvfp4}) {
+                           !plans.serves(Type::mxfp8, Type::fp8) && !plans.serves(Type::fp8_row, Type::fp8) && !plans.serves(Type::nvfp4, Type::bf16) && !plans.serves(Type::mxfp8, Type::nvfp4), "pairs that cuBLASLt has not");
+            for (Type t : {Type::fp8, Type::fp8_row, Type::mxfp8, Type::nvfp4}) {
                 refused(sides(t, 64), sides(t, 64).transposed(), 40, 64, 64), refused(sides(t, 64), sides(t, 64).transposed(), 64, 40, 64);
                 refused(sides(t, 72), sides(t, 72).transposed(), 64, 64, 72);
-                if (t != Type::fp8) refused(sides(t, 48), sides(t, 48).transposed(), 64, 64, 48);
+                if (t != Type::fp8 && t != Type::fp8_row) refused(sides(t, 48), sides(t, 48).transposed(), 64, 64, 48);
                 if (t == Type::nvfp4 || !strcmp(sm, "90")) refused(sides(t, 64), sides(t, 64), 64, 64, 64), refused(sides(t, 64).transposed(), sides(t, 64).transposed(), 64, 64, 64);
             }
         });

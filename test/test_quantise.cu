@@ -20,6 +20,7 @@ static std::vector<Operand> plain_cells() {
                 for (Format f : {Format::mxfp4, Format::mxfp8}) all.push_back({f, block, rounding, scale});
         }
         for (Format f : {Format::fp8, Format::fp8_e5m2, Format::e2m1}) all.push_back({f, vec, rounding});
+        for (Format f : {Format::fp8, Format::fp8_e5m2}) all.push_back({f, Block::row, rounding});
         all.push_back({Format::e2m1, square, rounding});
         for (Carrier carrier : {Carrier::e4m3, Carrier::e5m2})
             for (Block block : {vec, square})
@@ -143,7 +144,7 @@ static void test_not_finite(Run& r) {
                     continue;
                 }
                 bool tall = cell.block == square || axis == Axis::column, broad = cell.block == square || axis == Axis::row;
-                int64_t R = tall ? block_length(cell.format) : 1, C = broad ? block_length(cell.format) : 1;
+                int64_t R = !tall ? 1 : has_row_scales(cell) ? rows : block_length(cell.format), C = !broad ? 1 : has_row_scales(cell) ? cols : block_length(cell.format);
                 for (int64_t i = 0; i < rows * cols; i++) {
                     bool hit = i / cols / R == at / cols / R && i % cols / C == at % cols / C;
                     if (hit) r.verdict.note(slow::is_nan(after.value[i]), "element %ld is %g", (long)i, after.value[i]);
@@ -173,7 +174,7 @@ static void test_axes(Run& r) {
             bool packs = cell.format != Format::e2m1;
             r.verdict.note(along.codes == down.codes && along.scales == down.scales && along.codes.empty() != packs, "packed bytes differ");
         }
-        if (!has_blocks(cell.format) || cell.block == square) {
+        if (cell.block == square || (!has_blocks(cell.format) && !has_row_scales(cell))) {
             if (cell.hadamard) continue;
             Made other = make<float, float>(r, {cell, Axis::column, rows, cols}, x);
             int64_t differ = 0;
@@ -345,7 +346,7 @@ static void test_mse(Run& r) {
 static void test_tally_of(Run& r, int64_t rows, int64_t cols, int least) {
     Rng rng{61};
     std::vector<float> x = ragged(rng, rows, cols);
-    const Operand cells[] = {nvf, nvf_sr, fs_sq, {Format::mxfp4, vec, rn, Scale::floor}, fp8, mx4_8, mx4_8g, nvf_8};
+    const Operand cells[] = {nvf, nvf_sr, fs_sq, {Format::mxfp4, vec, rn, Scale::floor}, fp8, f8r, mx4_8, mx4_8g, nvf_8};
     for (Operand cell : cells)
         for (Axis axis : {Axis::row, Axis::column}) {
             Case c = {cell, axis, rows, cols};
@@ -355,6 +356,7 @@ static void test_tally_of(Run& r, int64_t rows, int64_t cols, int least) {
                           tally(r, tally_sums, [](int64_t i) { return 1000. * (i + 1); });                 // it adds
             QuantCall call = {cell, axis, rows, cols, c.key, {}, scale.p, partial.p, tally.p};
             if (has_tensor_scale(cell)) tensor_scale(r.ctx, call, (const float*)from.p);
+            if (has_row_scales(cell)) row_scales(r.ctx, call, (const float*)from.p);
             quantise(r.ctx, call, to.p, (const float*)from.p);
             tally.fetch();
             if (!r.compare) continue;
@@ -367,7 +369,7 @@ static void test_tally_of(Run& r, int64_t rows, int64_t cols, int least) {
                     for (int64_t col = i % t.across * t.C; col < std::min(cols, (i % t.across + 1) * t.C); col++) {
                         int64_t at = row * cols + col;
                         float y = m.decoded(at), s = (float)m.scale[at];
-                        float enc = is_mx(cell.format) ? 1 / (s * m.S_dec) : !has_blocks(cell.format) ? m.S_enc : s == 0 ? 0 : slow::clamped(1.f / (s * m.S_dec));
+                        float enc = is_mx(cell.format) || has_row_scales(cell) ? 1 / (s * m.S_dec) : !has_blocks(cell.format) ? m.S_enc : s == 0 ? 0 : slow::clamped(1.f / (s * m.S_dec));
                         want[0] += std::pow((double)y - x[at], 2), want[1] += (double)x[at] * x[at];
                         want[2] += y == 0 && x[at] != 0, want[3] += std::fabs(x[at] * enc) > (float)slow::elements(cell.format).max(), want[4]++;
                         want[5] += is_carried(cell) && m.lost[at];

@@ -103,7 +103,8 @@ def cells():
             ("a Hadamard on one operand", "wgrad_d.hadamard=16", "both operands"), ("Hadamards that differ", "wgrad_d.hadamard=16,wgrad_x.hadamard=32", "both operands"),
             ("a Hadamard smaller than the block", "all.format=mxfp4,wgrad.hadamard=16", "whole blocks"), ("a square block with a Hadamard", "dgrad.hadamard=16,w.block=square", "square"),
             ("an NVFP4 scale rule on MX", "x.format=mxfp4,x.scale=te", "floor or ceil"), ("an MX scale rule on NVFP4", "x.scale=ceil", "te, headroom"),
-            ("a block for FP8", "x.format=fp8,x.block=square", "have blocks"), ("a rounding for bf16", "x.format=bf16,x.rounding=stochastic", "bf16"),
+            ("a block for FP8", "x.format=fp8,x.block=square", "have blocks"), ("scales of rows for NVFP4", "x.block=row", "whole rows"),
+            ("scales of rows with a Hadamard", "wgrad.format=fp8,wgrad.block=row,wgrad.hadamard=16", "no hadamard"), ("a rounding for bf16", "x.format=bf16,x.rounding=stochastic", "bf16"),
             ("float against FP4", "fprop_x.format=f32", "f32 and e2m1 meet only"), ("a split with a Hadamard", "wgrad.hadamard=16,wgrad.split=yes", "hadamard"),
             ("an impossible split number", "split.rank=0", "between"), ("an unknown split number", "split.size=3", "there is no split.size"),
             ("half a refresh", "split.refresh=1.5", "whole number")):

@@ -11,7 +11,8 @@ enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16BF = 14, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 = 29, CUDA_R_4F_E2M1 = 33 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F };
 enum cublasLtPointerMode_t { CUBLASLT_POINTER_MODE_HOST, CUBLASLT_POINTER_MODE_DEVICE };
-enum cublasLtMatmulMatrixScale_t { CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F, CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3, CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0 };
+enum cublasLtMatmulMatrixScale_t { CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F, CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3, CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0,
+                                   CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F };
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_POINTER_MODE = 2, CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER = 17,
     CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, CUBLASLT_MATMUL_DESC_FAST_ACCUM = 25, CUBLASLT_MATMUL_DESC_A_SCALE_MODE = 31, CUBLASLT_MATMUL_DESC_B_SCALE_MODE
@@ -78,7 +79,7 @@ inline cublasStatus_t emulated_check(cublasLtMatmulDesc_t d, const EmulatedLayou
         if (!fp4(a) || !fp4(b) || sm < 100 || mode != CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 || !ta || tb) return CUBLAS_STATUS_NOT_SUPPORTED;
     } else {
         if (!fp8(a) || !fp8(b) || (a->type == CUDA_R_8F_E5M2 && b->type == CUDA_R_8F_E5M2) || sm < 89) return CUBLAS_STATUS_NOT_SUPPORTED;
-        if (mode != CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F && (mode != CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0 || sm < 100)) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F ? sm != 90 : mode != CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F && (mode != CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0 || sm < 100)) return CUBLAS_STATUS_NOT_SUPPORTED;
         if ((!ta || tb) && (sm < 100 || sm >= 120)) return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     for (const void* scale : d->scale)
@@ -86,7 +87,7 @@ inline cublasStatus_t emulated_check(cublasLtMatmulDesc_t d, const EmulatedLayou
     const EmulatedLayout* all[] = {a, b, c, out};
     for (int i = 0; i < 4; i++)                                 // rows and starts on 16 bytes
         if (all[i]->ld * emulated_bits(all[i]->type) % 128 || align[i] < 16) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (m % 16 || n % 16 || k % (fp4(a) || mode ? 32 : 16)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (m % 16 || n % 16 || k % (fp4(a) || mode == CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0 ? 32 : 16)) return CUBLAS_STATUS_NOT_SUPPORTED;
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
@@ -161,7 +162,9 @@ inline cublasStatus_t emulated_matmul(cublasLtMatmulDesc_t d, const void* alpha,
         for (int64_t p = 0; p < k; p++) y[j * k + p] = emulated_read(b, lb->type, tb ? j + p * lb->ld : p + j * lb->ld);
     int mode = emulated_mode(d, 0);
     for (int side = 0; side < 2; side++)
-        if (mode) {
+        if (mode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F) {                              // a float for each row of op(A), each column of op(B)
+            for (int64_t i = 0; i < (side ? n : m) * k; i++) (side ? y : x)[i] *= ((const float*)d->scale[side])[i / k];
+        } else if (mode) {
             if (emulated_block_scales(side ? y : x, (const uint8_t*)d->scale[side], mode, side ? n : m, k)) continue;
             return fprintf(stderr, "emulated GPU: padding of block scales is not zero\n"), CUBLAS_STATUS_INVALID_VALUE;
         } else if (d->scale[side]) scale *= *(const float*)d->scale[side];
