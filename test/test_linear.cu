@@ -214,7 +214,7 @@ template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t 
     compare_product(r, dw, l.before.data(), u, out, in, rows, want[wgrad_d], 1, out, want[wgrad_x], 1, in, "dW", native);
 }
 template <class T> static void test_layers(Run& r, const Recipe& recipe) {
-    const struct { int64_t rows, in, out; } shapes[] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {300, 20, 33}, {64, 130, 16}};
+    const struct { int64_t rows, in, out; } shapes[] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {300, 20, 33}, {64, 130, 16}, {16, 16, 260}};
     bool random = false;
     for (const Operand& c : recipe.cell) random = random || c.rounding == sr;
     for (auto [rows, in, out] : shapes) test_layer<T>(r, recipe, rows, in, out, false);
