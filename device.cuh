@@ -131,6 +131,7 @@ HD float log_(float x) {
     float y = fmaf((float)e, 0.693145752f, fmaf((float)e, 1.42860677e-6f, fmaf(q * z, s, 2.f * s)));
     y = u < 0x00800000u ? -float_of(0x7f800000u) : y;
     y = u >= 0x7f800000u ? x : y;
+    y = u == 0x80000000u ? -float_of(0x7f800000u) : y;
     return u > 0x80000000u ? float_of(0x7fc00000u) : y;
 }
 HD double log_(double x) { return log(x); }

@@ -365,6 +365,7 @@ template <int D> void flash_backward_run(Ctx& ctx, act_t* dqkv, const act_t* qkv
     bf16* to = (bf16*)dqkv;
     const bf16 *from = (const bf16*)qkv, *grad = (const bf16*)dout;
     start(ctx, flash_queries<D>, blocks * s.B * s.H, flash_lanes, 256 * D * sizeof(bf16), to, from, grad, lse, delta, s, scale, turned);
-    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, 384 * D * sizeof(bf16) + 256 * sizeof(float), to, from, grad, lse, delta, s, scale, turned);
+    size_t shared = 384 * D * sizeof(bf16) + 256 * sizeof(float);
+    start(ctx, flash_keys<D>, blocks * s.B * s.KV, flash_lanes, shared, to, from, grad, lse, delta, s, scale, turned);
 }
 #endif

@@ -8,7 +8,7 @@
 //
 // Both operands that one matrix becomes, along its rows and down its columns, can be made in one such pass: quantise() takes a list of jobs.
 //
-// What it stores is *code times block scale*, exactly, in bf16: at most 4 significant bits times 4, or times a power of two. A bf16
+// What it stores is *code times block scale*, exactly, in bf16: at most 2 significant bits times 4, or 4 times a power of two. A bf16
 // GEMM of such operands with float accumulation, its result multiplied by both S_dec, multiplies the very numbers that an FP4 tensor
 // core multiplies; only the order of the float additions differs. (In bf16's normal range: a product below 2^-126 may lose bits.)
 // Where asked it also packs the operand as a tensor core wants it: codes, two a byte along the contracted axis, and scale bytes.
@@ -155,8 +155,8 @@ inline int top_exponent(Operand c) { return c.carrier == Carrier::e4m3 ? 6 : c.c
 // The axis of the source that the GEMM contracts: along its rows, or down its columns.
 enum class Axis { row, column };
 
-// Scales of one call, computed on the host from the cell. NVFP4: the largest block's scale is `cap`, the largest element of a block
-// lands on `top`; FP8 per tensor: cap 1.
+// Scales of one call, computed on the host from the cell. S_enc takes the tensor's amax to `full`: in NVFP4 the largest block
+// scale times `top`, the code on which the largest element of a block lands; in FP8 the largest code.
 struct ScaleRule { float full, top, inverse_top; };
 inline ScaleRule scale_rule(Operand c) {
     if (c.scale == Scale::po2) return {std::ldexp(6.f, top_exponent(c)), 6.f, 1.f / 6};

@@ -124,21 +124,29 @@ inline const Recipe* find_recipe(const std::string& name) {
 struct CellKey {
     const char* name;
     std::vector<const char*> values;      // in the order of the enum
+    void (*set)(Operand& c, int value);
 };
 inline const std::vector<CellKey>& cell_keys() {
     static const std::vector<CellKey> keys = {
-        {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}},
-        {"block", {"vector", "square", "row"}},
-        {"rounding", {"nearest", "stochastic"}},
-        {"scale", {"te", "headroom", "four_six", "po2", "floor", "ceil"}},
-        {"hadamard", {"0", "16", "32", "64", "128"}},
-        {"signs", {"fixed", "random", "plus"}},
-        {"split", {"no", "yes"}},
-        {"factors", {"nearest", "stochastic", "exact"}},
-        {"residual", {"quantised", "exact"}},
-        {"along", {"contracted", "other"}},
-        {"draws", {"own", "before"}},
-        {"carrier", {"own", "e4m3", "e5m2"}},
+        {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}, [](Operand& c, int v) {
+            c.format = (Format)v;                                    // and what the new format cannot have becomes its usual
+            if (!is_quantised(c.format)) c = {c.format};
+            if (is_mx(c.format) && c.scale < Scale::floor) c.scale = Scale::ceil;
+            if (!is_mx(c.format) && (c.format != Format::nvfp4 || c.scale >= Scale::floor)) c.scale = Scale::te;
+            if (!is_4bit(c.format)) c.carrier = Carrier::own;
+            if (!is_fp8(c.format) && c.block == Block::row) c.block = Block::vector;
+        }},
+        {"block", {"vector", "square", "row"}, [](Operand& c, int v) { c.block = (Block)v; }},
+        {"rounding", {"nearest", "stochastic"}, [](Operand& c, int v) { c.rounding = (Rounding)v; }},
+        {"scale", {"te", "headroom", "four_six", "po2", "floor", "ceil"}, [](Operand& c, int v) { c.scale = (Scale)v; }},
+        {"hadamard", {"0", "16", "32", "64", "128"}, [](Operand& c, int v) { c.hadamard = v ? 8 << v : 0; }},
+        {"signs", {"fixed", "random", "plus"}, [](Operand& c, int v) { c.signs = (Signs)v; }},
+        {"split", {"no", "yes"}, [](Operand& c, int v) { c.split = v; }},
+        {"factors", {"nearest", "stochastic", "exact"}, [](Operand& c, int v) { c.factors = (Factors)v; }},
+        {"residual", {"quantised", "exact"}, [](Operand& c, int v) { c.residual = (Residual)v; }},
+        {"along", {"contracted", "other"}, [](Operand& c, int v) { c.along = (Along)v; }},
+        {"draws", {"own", "before"}, [](Operand& c, int v) { c.draws = (Draws)v; }},
+        {"carrier", {"own", "e4m3", "e5m2"}, [](Operand& c, int v) { c.carrier = (Carrier)v; }},
     };
     return keys;
 }
@@ -210,26 +218,7 @@ inline void set_cells(Recipe& r, const std::string& changes) {
             std::string name = operand_names[i];
             if (which != "all" && which != name && which != name.substr(0, 5) && which != name.substr(6)) continue;
             matched++;
-            Operand& c = r.cell[i];
-            if (k == 0) {
-                c.format = (Format)v;
-                if (!is_quantised(c.format)) c = {c.format};
-                if (is_mx(c.format) && c.scale < Scale::floor) c.scale = Scale::ceil;
-                if (!is_mx(c.format) && (c.format != Format::nvfp4 || c.scale >= Scale::floor)) c.scale = Scale::te;
-                if (!is_4bit(c.format)) c.carrier = Carrier::own;
-                if (!is_fp8(c.format) && c.block == Block::row) c.block = Block::vector;
-            }
-            if (k == 1) c.block = (Block)v;
-            if (k == 2) c.rounding = (Rounding)v;
-            if (k == 3) c.scale = (Scale)v;
-            if (k == 4) c.hadamard = atoi(known.values[v]);
-            if (k == 5) c.signs = (Signs)v;
-            if (k == 6) c.split = v;
-            if (k == 7) c.factors = (Factors)v;
-            if (k == 8) c.residual = (Residual)v;
-            if (k == 9) c.along = (Along)v;
-            if (k == 10) c.draws = (Draws)v;
-            if (k == 11) c.carrier = (Carrier)v;
+            known.set(r.cell[i], (int)v);
         }
         if (!matched) fail("--set %s: %s names no operand; they are %s ... %s, or x, w, d, fprop, dgrad, wgrad, all", change.c_str(), which.c_str(),
                            operand_names[0], operand_names[operand_count - 1]);
@@ -403,7 +392,8 @@ template <class To, int n, class From> void quantise_as(Ctx& ctx, const Making<n
         const Mat& to = made.into[i];
         bool down = call.axis == Axis::column;
         // What lies between the last block and a tile's edge must be no NaN: padding is zero.
-        if (to.blocks && has_scale_bytes(call.cell)) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, down ? call.cols : call.rows, down ? call.rows : call.cols, ScaleOrder::tiled));
+        int64_t outer = down ? call.cols : call.rows, inner = down ? call.rows : call.cols;
+        if (to.blocks && has_scale_bytes(call.cell)) set_zero(ctx, (void*)to.blocks, packed_scale_bytes(call.cell, outer, inner, ScaleOrder::tiled));
         jobs.job[i].call = call;
         if (is_narrow(to.type)) jobs.job[i].packed = {(uint8_t*)to.data, (uint8_t*)to.blocks, ScaleOrder::tiled};
         else jobs.job[i].to = (To*)to.data;
@@ -636,7 +626,7 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
                 int64_t outer = axis == Axis::row ? rows : cols, inner = axis == Axis::row ? cols : rows;
                 p.r.type = narrow_type(cell), p.r.ld = inner;
                 if (has_scale_bytes(cell)) p.r.blocks = (const uint8_t*)p.r.data + packed_bytes(cell, outer, inner);
-                if (has_row_scales(cell)) call.row_scale = (float*)((uint8_t*)p.r.data + packed_bytes(cell, outer, inner)), p.r.blocks = (const uint8_t*)call.row_scale;
+                if (has_row_scales(cell)) call.row_scale = (float*)((char*)p.r.data + packed_bytes(cell, outer, inner)), p.r.blocks = (const uint8_t*)call.row_scale;
             }
             if (!scaled) outer_scales(ctx, call, source);
             if (later) later->call[which / 2 - 1] = call, later->into[which / 2 - 1] = p.r;

@@ -145,7 +145,8 @@ int main(int argc, char** argv) {
 
     // Quantisers, with their amax pass; bytes: both reads and the write.
     Type type = operand_type(Format::nvfp4);
-    std::vector<Recipe> rows = {*find_recipe("nvfp4"), *find_recipe("nvfp4-sr"), *find_recipe("nvidia"), *find_recipe("mxfp4"), *find_recipe("fp8"), *find_recipe("four-over-six"), *find_recipe("mxfp8")};
+    std::vector<Recipe> rows;
+    for (const char* name : {"nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "fp8", "four-over-six", "mxfp8"}) rows.push_back(*find_recipe(name));
     Arena quant_size, quant;
     OperandScratch scratch;
     acc_t *product, *weight;
