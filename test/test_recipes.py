@@ -57,9 +57,9 @@ def same_bits():
             same_run(first, f"{first}_block")
         with case(f"{recipe}: evaluations and shadow steps leave training alone"):
             assert printed_losses(run({**base, "--eval-every": 0, "--shadow-every": 1, "--stats-every": 1}).out) == list(seen[recipe])
-    with case("no two recipes give the same losses"):
+    with case("no two recipes give the same losses, but those that differ where numbers lie 15 binades apart"):
         alike = [(a, b) for a in seen for b in seen if a < b and seen[a] == seen[b]]
-        assert alike in ([], [("mxfp4", "mxfp4-fp8")]), f"alike: {alike}"
+        assert set(alike) <= {("mxfp4", "mxfp4-fp8"), ("fp8-rows", "mxfp8")}, f"alike: {alike}"
 
 
 def cells():
