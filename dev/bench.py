@@ -7,13 +7,26 @@
 2. A float training step of `15m` at 256 tokens against the same model in eager PyTorch (dev/bench_torch.py, if torch is there),
    rounds interleaved, medians; and model FLOPs against the measured matmul peak.
 3. Anonymous memory of that run against what --dry-run says.
-4. A step of `15m` on 4096 tokens by each recipe, as a ratio to float; again without the CPU's bf16 units, where oneDNN can hide them.
-Nothing else should run on the machine meanwhile. Exit status 0 whatever the ratios are: a table, not a test.
+4. A step of `15m` on 4096 tokens by recipe, as a ratio to float; again without the CPU's bf16 units, where oneDNN can hide them.
+Nothing else should run on the machine meanwhile. Exit status 0 whatever the ratios are: a table, not a test; 2 if something did not run.
 """
 import argparse, json, os, re, statistics, subprocess, sys, tempfile
 
-def run(command, **more):
-    return subprocess.run(command, capture_output=True, text=True, **more)
+# Not mxfp8 and nvfp4-fp8, whose steps are mxfp4's and mxfp4-fp8's but for the last bits; metis-code is there for its losses.
+RECIPES = ["float", "bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "mxfp4-fp8", "four-over-six", "metis"]
+
+def fail(message):
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+def run(command):
+    """Its stdout; if it fails, the last line of what it said instead."""
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode: failed(command, ended.returncode, ended.stderr)
+    return ended.stdout
+
+def failed(command, status, said):
+    fail(said.strip().splitlines()[-1] if said.strip() else f"bench.py: {command[0]} ended with status {status}")
 
 def ours(program, data, recipe, steps=10, batch=8, env=None):
     """ms of a step (median without the first two), its share of the matmul peak in %, and the peak of anonymous memory in bytes."""
@@ -29,7 +42,7 @@ def ours(program, data, recipe, steps=10, batch=8, env=None):
                 with open(f"/proc/{process.pid}/status") as status:
                     anonymous = max(anonymous, int(re.search(r"RssAnon:\s+(\d+)", status.read())[1]) * 1024)
             except (OSError, TypeError): pass
-        if process.wait(): sys.exit(process.stderr.read())
+        if process.wait(): failed(command, process.returncode, process.stderr.read())
         with open(folder + "/run/log.jsonl") as log:
             ms = [json.loads(line)["ms"] for line in log if '"ms"' in line][2:]
     ms = statistics.median(ms)
@@ -41,11 +54,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", default="data/stories.txt")
     o = parser.parse_args()
-    print("row kernels, GB/s read and written")
     kernels = os.path.join(os.path.dirname(o.program), "bench_kernels")
-    print(run([kernels]).stdout, end="")
+    for program in o.program, kernels:
+        if not os.access(program, os.X_OK) or os.path.isdir(program): fail(f"bench.py: there is no program {program}: `make bench` builds it")
+    print("row kernels, GB/s read and written")
+    print(run([kernels]), end="")
 
-    torch = run([sys.executable, "-c", "import torch"]).returncode == 0
+    torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
     if not torch: print("PyTorch is not installed: no peer (pip install torch, or PYTHON=path/to/python make bench)")
     mine, half, peer, tuned, share, memory = [], [], [], [], [], 0
     for _ in range(o.rounds):
@@ -55,9 +70,8 @@ def main():
         half.append(ours(o.program, o.data, "bf16")[0])
         if torch:
             for times, options in (peer, ["--plain-malloc"]), (tuned, []):
-                result = run([sys.executable, "dev/bench_torch.py", "--steps", "8", *options])
-                if result.returncode: sys.exit(result.stderr)
-                times.append(json.loads(result.stdout.splitlines()[-1])["ms"])
+                said = run([sys.executable, os.path.join(os.path.dirname(__file__), "bench_torch.py"), "--steps", "8", *options])
+                times.append(json.loads(said.splitlines()[-1])["ms"])
     spread = lambda v: f"{statistics.median(v):.0f} ms ({min(v):.0f} to {max(v):.0f})"
     print(f"15m, 8 x 256 tokens, a training step, median of {o.rounds} rounds (least to most)")
     print(f"  float                 {spread(mine)}, {statistics.median(share):.0f}% of the measured float matmul peak in model FLOPs")
@@ -66,16 +80,15 @@ def main():
         ratio = lambda v: f"ours is {statistics.median(v) / statistics.median(mine):.2f}x as fast"
         print(f"  eager PyTorch, float  {spread(peer)}: {ratio(peer)}")
         print(f"  with malloc tuned     {spread(tuned)}: {ratio(tuned)}")
-    plan = run([o.program, "--data", o.data, "--model", "15m", "--recipe", "float", "--dry-run"]).stdout
+    plan = run([o.program, "--data", o.data, "--model", "15m", "--recipe", "float", "--dry-run"])
     planned = float(re.search(r"total\s+([\d.]+) GB", plan)[1]) * 1e9
     print(f"  anonymous memory      {memory * 1e-9:.3f} GB, --dry-run says {planned * 1e-9:.3f} GB: ratio {memory / planned:.2f}")
 
-    recipes = ["float", "bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "four-over-six", "metis"]
     for env, title in ({}, ""), ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ", bf16 units hidden (ONEDNN_MAX_CPU_ISA=AVX512_CORE)"):
-        times = {r: [] for r in recipes}
+        times = {r: [] for r in RECIPES}
         for _ in range(max(1, o.rounds * 3 // 5)):
-            for r in recipes: times[r].append(ours(o.program, o.data, r, 8, 16, env)[0])
+            for r in RECIPES: times[r].append(ours(o.program, o.data, r, 8, 16, env)[0])
         print(f"15m, 16 x 256 tokens, a training step{title}: ms, and the time of a float step over it")
-        for r in recipes: print(f"  {r:21} {statistics.median(times[r]):6.0f} ms  {statistics.median(times['float']) / statistics.median(times[r]):.2f}")
+        for r in RECIPES: print(f"  {r:21} {statistics.median(times[r]):6.0f} ms  {statistics.median(times['float']) / statistics.median(times[r]):.2f}")
 
 main()
