@@ -14,9 +14,13 @@ AdamW +0 to +6%; k and v repeated instead of enable_gqa +2 to +6%; RoPE with rol
 written out, RoPE in complex numbers, huge pages: no difference to be seen. (--compile, no longer eager: 639 ms.)
 """
 import argparse, ctypes, json, os, statistics, sys, time
-import torch
-from torch import nn
-from torch.nn import functional as F
+try:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+except ImportError:
+    print("bench_torch.py: needs PyTorch: pip install torch", file=sys.stderr)
+    sys.exit(2)
 
 class Block(nn.Module):
     def __init__(self, o):

@@ -21,8 +21,12 @@ import json
 import os
 import sys
 
-import ml_dtypes
-import numpy as np
+try:
+    import numpy as np                  # first: without it ml_dtypes prints a traceback of its own
+    import ml_dtypes
+except ImportError as missing:
+    print(f"make_vectors.py: needs {missing.name or 'numpy and ml_dtypes'}: pip install 'numpy>=2' ml_dtypes", file=sys.stderr)
+    sys.exit(2)
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vectors")
 f32 = np.float32
