@@ -35,15 +35,18 @@ STEPS = 8
 MODEL = {**cli.MICRO, "--recipe": None, "--layers": 1, "--batch": 2, "--threads": 1}
 OPTIONS = " ".join(words({k: v for k, v in MODEL.items() if k not in ("--model", "--data", "--sample-tokens")}))
 RECIPES = ["bf16", "metis x.split=no"]
+NULLS = ['{"shadow_loss_gap":null,"shadow_grad_rel_err":null,"shadow_grad_cos":0.25}', '{"quant":{"fprop_x":{"error":null}}}',
+         '{"shadow_loss_gap":0.5,"shadow_grad_rel_err":0.5,"shadow_grad_cos":0.75}']
 
 
 def script(name, *arguments, status=0, hide=True):
     """Runs dev/NAME; status 2: it must refuse by one line. hide: as if there were no matplotlib."""
     env = {**os.environ, **({"PYTHONPATH": "hidden"} if hide else {})}
-    p = subprocess.run([sys.executable, os.path.join(DEV, name), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, timeout=cli.TIMEOUT)
+    p = subprocess.run([sys.executable, os.path.join(DEV, name), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env,
+                       timeout=cli.TIMEOUT)
     assert p.returncode == status, f"exit status {p.returncode}, not {status}: {p.stderr.strip()[-300:]}"
     if status == 2:
-        assert p.stderr.count("\n") == 1 and re.match(r"(compare|shadow|plot|spectrum)\.py: .{20}|train_llama: .{20}", p.stderr), f"stderr is {p.stderr[:300]!r}"
+        assert p.stderr.count("\n") == 1 and re.match(r"(\w+\.py|train_llama): .{20}", p.stderr), f"stderr is {p.stderr[:300]!r}"
     return p
 
 
@@ -200,6 +203,11 @@ def refuses():
         assert "nvfp5" in script("shadow.py", cli.PROGRAM, checkpoint, "nvfp5", "--data", "text.txt", status=2).stderr
         assert "no program" in script("shadow.py", "nowhere", checkpoint, "--data", "text.txt", status=2).stderr
         assert "matplotlib" in script("plot.py", folder("bf16", 1), status=2).stderr
+    with case("bench.py, gpu.py, the PyTorch peer and make_vectors.py refuse in one line that says what mends it"):
+        assert "`make bench` builds it" in script("bench.py", "nowhere/train_llama", status=2).stderr
+        assert "--only has no part step: " in script("gpu.py", "--only", "tests,step", status=2).stderr
+        assert "pip install torch" in script("bench_torch.py", status=2).stderr
+        assert "pip install 'numpy>=2' ml_dtypes" in script("../test/make_vectors.py", "--check", status=2).stderr
 
 
 def others():
@@ -220,6 +228,12 @@ def others():
             want = [f"{sum(row['shadow_loss_gap'] for row in rows) / 3:+.4f}", f"{mean:.4f}", f"{spread:.4f}", f"{sum(row['shadow_grad_cos'] for row in rows) / 3:.4f}",
                     *(f"{sum(float(q[o]['error']) for q in quant) / 3:.4f}" for o in ("fprop_x", "fprop_w", "dgrad_d"))]
             assert line[:44].strip() == f"{recipe} {changes or ''}".strip() and line[44:].replace("+-", " ").split() == want, f"{line!r}, the log says {want}"
+    with case("shadow.py: nan where the log has null"):
+        with open("nulls", "w") as stub:
+            stub.write(f"#!{sys.executable}\nimport os, sys\nout = sys.argv[sys.argv.index('--out') + 1]\nos.mkdir(out)\nprint(*{NULLS!r}, sep='\\n', file=open(out + '/log.jsonl', 'w'))\n")
+        os.chmod("nulls", 0o755)
+        p = script("shadow.py", "./nulls", checkpoint, "nvfp4", "--data", "text.txt")
+        assert p.stdout.splitlines()[1].replace("+-", " ").split() == ["nvfp4", "+nan", "nan", "nan", "0.5000", "nan", "-", "-"], p.stdout
     with case("plot.py reads a log: every field by step, a torn last line left out"):
         shutil.copy(folder("bf16", 1) + "/log.jsonl", "torn.jsonl")
         with open("torn.jsonl", "a") as f:
@@ -288,8 +302,9 @@ if __name__ == "__main__":
         os.chdir(temporary)
         cli.make_data()
         os.mkdir("hidden")
-        with open("hidden/matplotlib.py", "w") as hidden:
-            hidden.write("raise ImportError('hidden')\n")
+        for package in "matplotlib", "torch", "numpy":
+            with open(f"hidden/{package}.py", "w") as hidden:
+                hidden.write("raise ImportError('hidden')\n")
         for group in (numbers, again, variants, refuses, others, spectrum):
             with case(f"{group.__name__}: ran to its end"):
                 group()
