@@ -25,7 +25,7 @@ if unknown := set(wanted) - set(PARTS.split(",")):
     sys.exit(2)
 os.makedirs(o.out, exist_ok=True)
 begin, lines, ended = time.time(), [], collections.Counter()
-recipes = ["bf16", "fp8", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "mxfp4-fp8", "nvfp4-fp8", "metis"]
+recipes = ["bf16", "fp8", "fp8-rows", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "mxfp4-fp8", "nvfp4-fp8", "metis"]
 
 def left(): return 60 * o.minutes - (time.time() - begin)
 
