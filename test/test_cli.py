@@ -392,7 +392,8 @@ def moments():
             run({"--resume": run_of, "--moments": name, "--dry-run": True})
     with case("--moments bf16: --dry-run counts two bytes each, in memory and on disk"):
         plan = {"--model": "125m", "--recipe": "bf16", "--data": "text.txt", "--vocab": 1024, "--dry-run": True}
-        amount = [{what: float(re.search(rf"^  {what} +([\d.]+) ", text, re.M)[1]) for what in ("parameters", "gradients", "optimiser", "activations", "total", "checkpoint")}
+        amount = [{what: float(re.search(rf"^  {what} +([\d.]+) ", text, re.M)[1])
+                   for what in ("parameters", "gradients", "optimiser", "activations", "total", "checkpoint")}
                   for text in (run({**plan, **o}).out for o in ({}, {"--moments": "bf16"}))]
         numbers = amount[0]["parameters"] / 4                                # rounded to a MB, as all of them
         for what, less in (("parameters", 0), ("gradients", 0), ("optimiser", 4), ("activations", 0), ("total", 4), ("checkpoint", 4)):
@@ -867,7 +868,8 @@ def refuse_options():
             ("--eval-only without weights", "--eval-only", "--resume"), ("--sample-only without weights", "--sample-only", "--resume"),
             ("--save-every without --out", "--save-every 5", "--out"), ("--keep without --out", "--keep 5", "--out"),
             ("an unknown --recipe", "--recipe fp5", "--list-recipes"), ("an unknown --schedule", "--schedule linear", "cosine"),
-            ("an unknown --recompute", "--recompute all", "norms"), ("an unknown --moments", "--moments fp8", "f32, bf16"), ("an unknown preset", "--model huge", "llama3-8b"),
+            ("an unknown --recompute", "--recompute all", "norms"), ("an unknown --moments", "--moments fp8", "f32, bf16"),
+            ("an unknown preset", "--model huge", "llama3-8b"),
             ("--heads that --kv-heads does not divide", "--heads 4 --kv-heads 3", "not a multiple of --kv-heads"),
             ("--dim that --heads does not divide", "--heads 3", "not a multiple of --heads"), ("an odd head size", "--dim 62", "odd"),
             ("--warmup beyond --steps", "--warmup 11", "--warmup 11"), ("--min-lr above --lr", "--lr 0.001 --min-lr 0.002", "--min-lr"),

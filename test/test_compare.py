@@ -51,8 +51,8 @@ def script(name, *arguments, status=0, hide=True):
 
 
 def comparison(*more, status=0, hide=True, steps=STEPS, seeds=2, recipes=RECIPES, data="text.txt", options=OPTIONS, out="cmp", program=None):
-    return script("compare.py", program or cli.PROGRAM, "--data", data, "--steps", steps, "--seeds", seeds, "--recipes", ";".join(recipes), "--options", options, "--out", out,
-                  *more, status=status, hide=hide)
+    return script("compare.py", program or cli.PROGRAM, "--data", data, "--steps", steps, "--seeds", seeds, "--recipes", ";".join(recipes), "--options", options,
+                  "--out", out, *more, status=status, hide=hide)
 
 
 def cells(text):
@@ -82,7 +82,8 @@ def numbers():
             for seed in (1, 2):
                 options = json.loads(content(folder(recipe, seed) + "/log.jsonl").split(b"\n")[0])["options"]
                 name, _, changes = recipe.partition(" ")
-                want = {"recipe": name, "set": changes, "seed": str(seed), "steps": str(STEPS), "dim": "64", "layers": "1", "eval-batches": "32", "data": os.path.abspath("text.txt")}
+                want = {"recipe": name, "set": changes, "seed": str(seed), "steps": str(STEPS), "dim": "64", "layers": "1", "eval-batches": "32",
+                        "data": os.path.abspath("text.txt")}
                 assert {k: options[k] for k in want} == want, f"{options}"
                 assert checkpoints(folder(recipe, seed)) == [f"step_{STEPS:08}"], checkpoints(folder(recipe, seed))
     with case("compare.py: every number of the table is the logs'"):
@@ -107,7 +108,8 @@ def numbers():
         assert row["recipe"] == RECIPES[1] and row["val_loss"] == [last(RECIPES[1], s, "val_loss") for s in (1, 2)], row
         assert (whole["base"], whole["seeds"], whole["timed"]) == ("bf16", 2, False) and whole["builds"][0] in text, whole
     with case("compare.py: Student's t, to three digits, from 1 to 1000 degrees of freedom"):
-        for n, t in ((1, 12.706), (2, 4.303), (9, 2.262), (10, 2.228), (11, 2.201), (12, 2.179), (15, 2.131), (16, 2.120), (20, 2.086), (30, 2.042), (120, 1.980), (1000, 1.962)):
+        for n, t in ((1, 12.706), (2, 4.303), (9, 2.262), (10, 2.228), (11, 2.201), (12, 2.179), (15, 2.131), (16, 2.120), (20, 2.086), (30, 2.042), (120, 1.980),
+                     (1000, 1.962)):
             assert abs(compare.student(n) - t) < 6e-4, f"{n}: {compare.student(n)}"
     with case("compare.py: what is not finite is said, not hidden, and no JSON number"):
         assert math.isnan(compare.values([{"val_loss": None}], "val_loss")[0]) and math.isnan(compare.deviation([1.0, math.nan]))
@@ -127,7 +129,8 @@ def again():
         seen, whole = cells(p.stdout), json.load(open(f"cmp/tiny-{STEPS}.json"))
         times = whole["rows"][1]["step_time"]
         assert seen["bf16"][-1] == "1.00" and whole["rows"][0]["step_time"] == [1, 1] and whole["base_step_ms"] > 0, p.stdout
-        assert len(times) == 2 and min(times) > 0 and seen[RECIPES[1]][-1] == f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})", f"{times} {p.stdout}"
+        spread = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+        assert len(times) == 2 and min(times) > 0 and seen[RECIPES[1]][-1] == spread, f"{times} {p.stdout}"
         assert "as logged" not in p.stdout and "a step by bf16:" in p.stdout, p.stdout
     one = folder(RECIPES[1], 1)
     want = log_rows(one)
@@ -218,8 +221,9 @@ def others():
         assert len(lines) == 3, p.stdout
         for line, recipe, changes in zip(lines[1:], ("nvfp4", "metis"), (None, "x.split=no")):
             out = f"shadow_{recipe}"
-            run({"--model": checkpoint, "--data": "text.txt", "--recipe": recipe, "--set": changes, "--batch": 2, "--seq": 32, "--steps": 3, "--lr": 1e-12, "--warmup": 0, "--decay": 0,
-                 "--schedule": "constant", "--shadow-every": 1, "--stats-every": 1, "--eval-batches": 1, "--sample-tokens": 0, "--save-every": 0, "--out": out})
+            run({"--model": checkpoint, "--data": "text.txt", "--recipe": recipe, "--set": changes, "--batch": 2, "--seq": 32, "--steps": 3, "--lr": 1e-12, "--warmup": 0,
+                 "--decay": 0, "--schedule": "constant", "--shadow-every": 1, "--stats-every": 1, "--eval-batches": 1, "--sample-tokens": 0, "--save-every": 0,
+                 "--out": out})
             rows = [{k: float(v) for k, v in row.items() if isinstance(v, str)} for row in log_rows(out) if "shadow_loss_gap" in row]
             quant = [row["quant"] for row in log_rows(out) if "quant" in row]
             errors = [row["shadow_grad_rel_err"] for row in rows]
@@ -230,7 +234,8 @@ def others():
             assert line[:44].strip() == f"{recipe} {changes or ''}".strip() and line[44:].replace("+-", " ").split() == want, f"{line!r}, the log says {want}"
     with case("shadow.py: nan where the log has null"):
         with open("nulls", "w") as stub:
-            stub.write(f"#!{sys.executable}\nimport os, sys\nout = sys.argv[sys.argv.index('--out') + 1]\nos.mkdir(out)\nprint(*{NULLS!r}, sep='\\n', file=open(out + '/log.jsonl', 'w'))\n")
+            stub.write(f"#!{sys.executable}\nimport os, sys\nout = sys.argv[sys.argv.index('--out') + 1]\nos.mkdir(out)\n"
+                       f"print(*{NULLS!r}, sep='\\n', file=open(out + '/log.jsonl', 'w'))\n")
         os.chmod("nulls", 0o755)
         p = script("shadow.py", "./nulls", checkpoint, "nvfp4", "--data", "text.txt")
         assert p.stdout.splitlines()[1].replace("+-", " ").split() == ["nvfp4", "+nan", "nan", "nan", "0.5000", "nan", "-", "-"], p.stdout
@@ -285,7 +290,8 @@ def spectrum():
             a, b = o["before"], o["after"]
             assert b["energy"] < a["energy"] == 1 and b["sigma"][0] < 1 and 0 < b["error"] < a["error"] < 0.3, f"{o['name']}: {b['energy']} {a['error']} {b['error']}"
             n = o["rows"] * o["cols"]
-            assert sum(a["histogram"]) == sum(b["histogram"]) == n and sum(b["block_histogram"]) == n / 16 and a["values"] == sorted(a["values"]) and a["blocks"][-1] == a["values"][-1]
+            assert sum(a["histogram"]) == sum(b["histogram"]) == n and sum(b["block_histogram"]) == n / 16
+            assert a["values"] == sorted(a["values"]) and a["blocks"][-1] == a["values"][-1]
     with case("spectrum.py: a row for each matrix before and after; refusals"):
         p = script("spectrum.py", program, checkpoint, "--data", "held.txt", "--block", 0, "--threads", 1)
         shown = [line.strip("| ").split("|") for line in p.stdout.splitlines() if line.startswith("|")][2:]
