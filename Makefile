@@ -100,7 +100,7 @@ HOST  = build/cpu$(if $(SAN),-asan)
 REFERENCE = build/ref$(if $(SAN),-asan)/train_llama
 
 # CUDA's headers, where they are, convert numbers on any machine: test_fp4 compares with them, or prints that it could not.
-$(DIR)/test_fp4: CPUFLAGS += $(patsubst %,-isystem %,$(wildcard /usr/local/cuda/include))
+$(DIR)/test_fp4: private CPUFLAGS += $(patsubst %,-isystem %,$(wildcard /usr/local/cuda/include))
 $(DIR)/test_%: test/test_%.cu $(DIR)/command
 	@mkdir -p $(DIR)
 	$(COMPILE) -MMD -MP -MF $@.d $< -o $@ $(LIBS)
@@ -117,10 +117,10 @@ endif
 
 test: $(if $(SAN),,train_llama) $(DIR)/train_llama $(REFERENCE) $(TESTS) build/stories
 	@PYTHON=$(PYTHON) test/run $(DIR)/train_llama $(REFERENCE) $(TESTS)
-# -Og: two thirds of -O1's time to compile, and tests run as fast, but for those of small dense algebra, which take twice as long.
+# -Og compiles in two thirds of -O1's time and runs about as fast, but for small dense algebra, which takes twice as long.
 test-asan: build/stories
 	@ASAN_OPTIONS=detect_leaks=0 $(MAKE) --no-print-directory GPU=0 SAN="-fsanitize=address,undefined -fno-sanitize-recover=all -Og" test
-$(addprefix $(DIR)/,test_linear test_subspace test_metis): CPUFLAGS += $(if $(SAN),-O1)
+$(addprefix $(DIR)/,test_linear test_subspace test_metis): private CPUFLAGS += $(if $(SAN),-O1)
 
 # --- the GPU side of the sources, compiled by a C++ compiler against an emulated device; act_t is bf16 here, as on a GPU -------------
 LADDERS  = ladder_quantise ladder_attention
