@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Everything that only a GPU can tell, in one command and about 25 minutes: tests, sanitizers, speeds, a short training comparison.
 
-    python3 dev/gpu.py [--out build/gpu] [--minutes 25] [--data my.txt] [--only build,tests,sanitize,kernels,steps,profile,train]
+    python3 dev/gpu.py [--out build/gpu] [--minutes 25] [--data my.txt] [--only build,tests,sanitize,kernels,steps,graphs,profile,train]
 
 Needs a GPU and CUDA 12.8 or newer. Each part has its share of the time and is ended when that is used up; what it printed lies in OUT as
 PART.log, the table of all in OUT/table.md (rewritten after every row, so that a machine that goes away leaves what was done).
 Steps are those of `llama3.2-1b`, and of four layers of `llama3-8b` (its layer shapes, a small vocabulary), on random weights:
-milliseconds, tokens/s, the share of the measured bf16 matmul peak, and the ratio to bf16's tokens/s.
+milliseconds, tokens/s, the share of the measured bf16 matmul peak, and the ratio to bf16's tokens/s. Then small models with --graphs and without.
 The last line counts what was ok, failed, ran out of time or was left out; the exit status is 1 unless all of it was ok.
 """
 import argparse, collections, os, re, statistics, subprocess, sys, time
 sys.dont_write_bytecode = True
 
-PARTS = "build,tests,sanitize,kernels,steps,profile,train"
+PARTS = "build,tests,sanitize,kernels,steps,graphs,profile,train"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", default="build/gpu")
 parser.add_argument("--minutes", type=float, default=25)
@@ -105,6 +105,20 @@ def steps():
             if recipe == "bf16": base = rate
             row(name, recipe, ms, rate, f"{rate / base:.2f}" if base else "no bf16", seen[-1][2])
 
+def graphs():
+    """Small models, whose launches a CPU may not make fast enough: made one by one, and replayed. The losses must be the same."""
+    for model in "tiny", "125m":
+        for recipe in "bf16", "metis":
+            rates, losses = [], []
+            for way in "", " --graphs":
+                status, text = shell("graphs", f"{folder}/train_llama --data {o.data} --model {model} --recipe {recipe} --steps 40 --eval-every 0 --eval-batches 1 "
+                                               f"--sample-tokens 0 --stats-every 0{way}", 60)
+                seen = re.findall(r"loss (\S+) .*\| (\d+) tok/s", text)
+                losses.append([loss for loss, _ in seen])
+                if len(seen) < 40 or losses[0] != losses[-1]: seen = []
+                rates.append(statistics.median(int(rate) for _, rate in seen[10:]) if seen else 0)
+                row(f"{model}{way}", recipe, f"{rates[-1]} tokens/s", f"{rates[-1] / rates[0]:.2f}" if rates[0] else "", verdict(status, seen))
+
 def profile():
     for recipe in "bf16", "nvfp4", "metis":
         status, text = shell("profile", f"{folder}/train_llama --data {o.data} --model llama3.2-1b --vocab 8192 --recipe {recipe} --steps 12 --profile 6 "
@@ -124,7 +138,7 @@ def train():
 
 lines += ["| what | result |" + " |" * 4, "|" + "---|" * 6]
 folder = subprocess.run(["make", "GPU=1", "-s", "print-dir"], capture_output=True, text=True).stdout.strip()
-for part in build, tests, sanitize, kernels, steps, profile, train:
+for part in build, tests, sanitize, kernels, steps, graphs, profile, train:
     if part.__name__ not in wanted: continue
     if left() < 30 or part is not build and "build" in wanted and not built: row(part.__name__, verdict(None))
     else: part()
