@@ -8,18 +8,30 @@
 //
 // Both operands that one matrix becomes, along its rows and down its columns, can be made in one such pass: quantise() takes a list of jobs.
 //
-// What it stores is *code times block scale*, exactly, in bf16: at most 2 significant bits times 4, or 4 times a power of two. A bf16
-// GEMM of such operands with float accumulation, its result multiplied by both S_dec, multiplies the very numbers that an FP4 tensor
-// core multiplies; only the order of the float additions differs. (In bf16's normal range: a product below 2^-126 may lose bits.)
-// Where asked it also packs the operand as a tensor core wants it: codes, two a byte along the contracted axis, and scale bytes.
+// NVFP4 in numbers: a tensor whose amax is 12, and in it a block of 16 elements whose amax is 1.7.
 //
-// One function serves both axes. A *unit* is 16 elements along the contracted axis: 16 neighbours of a row, or 16 rows of a column;
-// a tile is 256 units, a block one unit (16), two (32), or all units of a square.
+//     S_enc = 448 x 6 / 12 = 224, S_dec = 1/224      S_enc takes elements into the grids' range; S_dec takes the GEMM's result back
+//     1.7 x S_enc / 6 = 63.47, as E4M3 64            the block's scale byte: its largest element shall land on the code 6
+//     224 / 64 = 3.5                                 what elements of this block are multiplied by before they are rounded to E2M1:
+//     1.7 -> 5.95 -> 6,  0.4 -> 1.4 -> 1.5           the codes
+//     6 x 64 = 384,  1.5 x 64 = 96                   what is stored; times S_dec they are 1.714 and 0.429
+//
+// What it stores is *code times block scale*, exactly, in bf16: E2M1 has 2 significant bits and an E4M3 scale 4, so that their product
+// has 6 at most, and bf16 holds 8. A bf16 GEMM of such operands with float accumulation, its result multiplied by both S_dec, multiplies
+// the very numbers that an FP4 tensor core multiplies; only the order of the float additions differs. (In bf16's normal range: a product
+// below 2^-126 may lose bits.) Where asked it also packs the operand as a tensor core wants it: codes, two a byte along the contracted
+// axis, and scale bytes.
+//
+// One function serves both axes. A *unit* is 16 elements along the contracted axis: 16 neighbours of a row, or 16 rows of a column; a
+// block is one unit (16), two (32), or all units of a square. The matrix is cut into *tiles* of 256 units, 4096 elements, which lie in
+// shared memory (on a CPU: in the nearest cache) while all of the above happens to them, so that memory is read once and written once.
 //
 // Rules and sources: NVFP4 as TransformerEngine computes it (core_nvfp4.cuh; arXiv 2509.25149 appendix B) but for two points: a block
 // whose scale rounds to zero writes zeros, not saturated codes under a zero scale (the decoded values agree); and a NaN or infinity
 // is not ignored but makes the scale NaN, so that the training loop's guard sees it. MX: OCP Microscaling 1.0, arXiv 2506.08027.
 // Four-over-six: arXiv 2512.02010. The byte-for-byte statement of all this, and files to test against: test/vectors/README.md.
+//
+// Tests: make build/cpu/test_fp4 build/cpu/test_quantise, then run them; the kernel step by step from a naive one: dev/ladder_quantise.cu.
 #pragma once
 #include "device.cuh"   // for_rows, for_tiles, philox
 
@@ -100,10 +112,10 @@ HD float inverse_e8m0(uint32_t f) {
 // ---------------------------------------------------------------------------------------------------------------------------
 // Cells
 
-enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4, e2m1 };   // e2m1: blocks of 16 under float scales, never rounded
+enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4, e2m1 };   // e2m1: blocks of 16 whose scales stay floats
 enum class Block { vector, square, row };             // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32); FP8 alone: all of a row
 enum class Rounding { nearest, stochastic };
-enum class Scale { te, headroom, four_six, po2, floor, ceil };
+enum class Scale { te, headroom, four_six, po2, floor, ceil };                // te: TransformerEngine's; the others below
 enum class Signs { fixed, random, plus };
 enum class Factors { nearest, stochastic, exact };    // a split operand's thin factors: rounded to the operand's format, or bf16
 enum class Along { contracted, other };               // blocks along the axis that the GEMM contracts, as tensor cores need them, or not
@@ -111,7 +123,8 @@ enum class Draws { own, before };                     // random bits of its own,
 enum class Residual { quantised, exact };             // what the residual is taken against: the low-rank part as rounded, or unrounded
 enum class Carrier { own, e4m3, e5m2 };               // codes and scale bytes; or their products, as FP8 numbers under one scale a tensor
 
-// How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else.
+// How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else. A new field also belongs
+// into operator== below (or linear_backward() may take one cell's operand for another's) and into cell_text() and cell_keys() (recipes.h).
 struct Operand {
     Format format;
     Block block = Block::vector;
@@ -168,28 +181,45 @@ inline ScaleRule scale_rule(Operand c) {
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Tiles: 4096 elements in float near the lanes
+//
+// Element (r, c) of a tile of R x C lies at v[r C + c], whichever axis is contracted. What differs is which 16 elements are a unit:
+//
+//     contracted along rows                             contracted down columns (here C = 32 and R = 128)
+//     unit u = v[16 u] ... v[16 u + 15]                 unit u = rows 16 (u / C) ... + 15 of column u % C
+//
+//         0000000000000000111111111111111122...             0 1 2 3 ... 31          row 0
+//         (R = 16, C = 256: 16 units a row)                 0 1 2 3 ... 31          row 1 ... 15
+//                                                          32 33 34  ... 63         row 16 ...
+//
+// In the second picture neighbouring lanes work on neighbouring columns, that is on neighbours in memory, each down its own unit: both
+// axes are read and written along rows of memory, and no element is ever moved to another place of the tile.
 
 constexpr int tile_size = 4096, tile_units = 256;
-struct QuantStage {
-    float v[tile_size];                                             // elements; after rounding their values
-    union {
-        uint16_t random[tile_size];
-        float low[tile_size / 2];                                   // a low-rank part's rows
+struct QuantStage {                                                 // 31 KB of shared memory
+    float v[tile_size];                                             // elements; after rounding their codes, or code times scale
+    union {                                                         // not at once: the low-rank part is gone before anything is rounded
+        uint16_t random[tile_size];                                 // 16 bits an element, for stochastic rounding
+        float low[tile_size / 2];                                   // 16 columns of a low-rank part's A, for the tile's rows
     };
-    float amax[tile_units], enc[tile_units], dec[tile_units];       // per unit: amax; element -> code; code -> value
-    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];       // (the tally's terms come into err4, too)
-    float group[16];
-    float sign[128];
+    float amax[tile_units], enc[tile_units], dec[tile_units];       // per unit: amax; element -> code; code -> stored value
+    float enc4[tile_units], dec4[tile_units], err6[tile_units], err4[tile_units];       // the same and its error, the largest element on 4 or on 6
+    float group[16];                                                // of square blocks: what 16 units have in common
+    float sign[128];                                                // of the Hadamard
 };
 
-// How a matrix is cut into tiles of R x C elements, C = 2^shift. Column blocks need all rows of a Hadamard or a block at once: tile_height().
+// How a matrix is cut into tiles of R x C elements, C = 2^shift: `across` side by side, `count` in all; those at the edges are partly empty.
+// Column blocks need all rows of a Hadamard or a block at once: tile_height().
 struct TileShape {
-    bool along_row;
+    bool along_row;                         // which of the two pictures above
     int R, shift, C;
     int64_t rows, cols, across, count;
 };
+// Square blocks are the same along both axes: theirs is always the second picture, whose rows of units are rows of squares.
 inline bool lies_along_row(Operand c, Axis axis) { return axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square); }
-inline int tile_height(Operand c, Axis axis) { return lies_along_row(c, axis) ? 16 : std::max(has_blocks(c.format) ? block_length(c.format) : 16, c.hadamard); }
+inline int tile_height(Operand c, Axis axis) {
+    int block = has_blocks(c.format) ? block_length(c.format) : 16;
+    return lies_along_row(c, axis) ? 16 : std::max(block, c.hadamard);
+}
 inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols, int height = 0) {      // at least `height` rows a tile
     TileShape s;
     s.along_row = lies_along_row(c, axis);
@@ -202,6 +232,10 @@ inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols, in
     s.count = s.across * ((rows + s.R - 1) / s.R);
     return s;
 }
+
+// Extent of the tile at (r0, c0) that is inside the matrix.
+HD int height_at(const TileShape& t, int64_t r0) { return (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R); }
+HD int width_at(const TileShape& t, int64_t c0) { return (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C); }
 
 // f(k, unit) for every element k of the tile; ahead(k, n) on the way, for every run of n elements from k on.
 template <class G, class F, class A = Nothing> HD void elements(G g, const TileShape& t, F f, A ahead = {}) {
@@ -222,7 +256,9 @@ template <class G, class V, class Op> HD void units(G g, const TileShape& t, flo
             g.fold_rows16(C, [&](int j, int c) { return value(first + j * C + c, u + c); }, op, to + u);
         }
 }
-// Gives every unit of a block what op makes of the block's units.
+// Gives every unit of a block what op makes of all the block's units. wide: blocks of 32, which are two units side by side along the
+// contracted axis. square: blocks of 16 x 16 (32 x 32), which are 16 units side by side across it (and, wide, two such rows of units):
+// `group`, 16 floats of scratch, has one value for each run of 16 units.
 template <class G, class Op> HD void combine(G g, const TileShape& t, float* x, float* group, bool square, bool wide, Op op) {
     if (wide) {
         int apart = t.along_row ? 1 : t.C;
@@ -243,9 +279,10 @@ template <class G, class Op> HD void combine(G g, const TileShape& t, float* x, 
     g.sync();
 }
 
+// v = the tile whose first element is (r0, c0) of `from`, as floats.
 template <class G, class T> HD void load_tile(G g, const TileShape& t, float* v, const T* from, int64_t r0, int64_t c0) {
-    int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-    if (height < t.R || width < t.C) g.each(tile_size, [&](int k) { v[k] = 0; });
+    int height = height_at(t, r0), width = width_at(t, c0);
+    if (height < t.R || width < t.C) g.each(tile_size, [&](int k) { v[k] = 0; });       // zeros beyond the edge change no amax and no sum
     g.sync();
     int64_t ld = t.cols;
     const T* corner = from + r0 * ld + c0;
@@ -267,7 +304,9 @@ template <class G, class T> struct NextTile {
     }
 };
 
-// In place: every n elements along the axis times their signs, then times the n x n Sylvester-Hadamard matrix over sqrt(n).
+// In place: every n elements along the axis times their signs, then times the n x n Sylvester-Hadamard matrix H over sqrt(n). H spreads an
+// outlier over n elements, and as H H^T / n = 1, the GEMM of two operands that both went through it is unchanged: (P H)(Q H)^T / n = P Q^T.
+// H of size 2h is [[H, H], [H, -H]]: log2(n) rounds of sums and differences of elements h apart, n log2(n) additions instead of n^2.
 template <class G, class A = Nothing> HD void hadamard(G g, const TileShape& t, float* v, int n, const float* sign, A ahead = {}) {
     elements(g, t, [&](int k, int) { v[k] *= sign[(t.along_row ? k : k >> t.shift) & (n - 1)]; });
     for (int h = 1; h < n; h *= 2) {
@@ -293,8 +332,9 @@ template <class G, class A = Nothing> HD void hadamard(G g, const TileShape& t, 
 }
 
 // v -= A B on the tile: A (rows x k), B (k x cols), k a multiple of 16; 16 columns of A beside the tile and 16 rows of B at a time.
+// 2 k FLOPs an element, in float: this is where Metis' residual comes into being, on its way through the quantiser, never stored.
 template <class G> HD void subtract(G g, const TileShape& t, QuantStage& s, const acc_t* a, const acc_t* b, int k, int64_t r0, int64_t c0) {
-    int width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
+    int width = width_at(t, c0);
     int64_t ld = t.cols;
     for (int k0 = 0; k0 < k; k0 += 16) {
         g.grid16(t.R, [&](int r, int j) { s.low[16 * r + j] = r0 + r < t.rows ? (float)-a[(r0 + r) * k + k0 + j] : 0.f; });
@@ -332,7 +372,8 @@ template <class G> HD void hadamard_signs(G g, float* sign, Signs kind, Words ra
     g.sync();
 }
 
-// 16 bits for every element, named by its place in the matrix: 128 neighbours of a row share 16 draws, lane c % 16 of each run of 16.
+// 16 bits for every element, named by its place in the matrix, so that neither tiles nor threads can change them: 128 neighbours of a
+// row share 16 draws of Philox (4 words of 32 bits: 8 numbers of 16), of which column c takes number c / 16 % 8 of draw c % 16.
 template <class G> HD void draw_tile(G g, const TileShape& t, uint16_t* random, RandomKey key, int64_t r0, int64_t c0) {
     int64_t groups = (t.cols + 127) / 128;
     int parts = t.C < 128 ? t.C / 16 : 8, per_row = t.C < 128 ? 1 : t.C / 128, first = (int)(c0 % 128) / 16;
@@ -368,7 +409,10 @@ struct QuantCall {
 };
 // Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became
 // zero, elements beyond the largest code; how many were looked at; and whose product of code and scale the carrier does not hold.
-struct Tally { float error, energy, zero, saturated, count, lost; };
+struct Tally {
+    float error, energy, zero, saturated, count, lost;
+    enum { at_error, at_energy, at_zero, at_saturated, at_count, at_lost };            // where each lies
+};
 constexpr int tally_every = 64, tally_sums = sizeof(Tally) / sizeof(float);
 
 // A tensor core's operand: codes of (outer x inner) with the contracted axis inner, padded to whole blocks; one scale byte a block.
@@ -429,7 +473,7 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
         const acc_t *low_a = q.low_a, *low_b = q.low_b;
         int k = q.k;
         parts = t.count;
-        for_tiles<quantise_amax, QuantStage>(ctx, {n * sizeof(From) * 1., 0}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
+        for_tiles<quantise_amax, QuantStage>(ctx, {n * sizeof(From) * 1., 2. * n * k}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
             int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
             NextTile<Group<256>, From> ahead(g, t, from, r0, c0);
             load_tile(g, t, s.v, from, r0, c0);
@@ -510,6 +554,7 @@ template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* 
 }
 
 // The scale of a block of this amax: `code` multiplies elements into the grid, `value` (the scale byte's value) multiplies codes.
+// base: amax / 6 in units of S_dec (amax / `top`, where the largest element is to land elsewhere), not above float's range.
 struct BlockScale { float code, value; };
 HD BlockScale nvfp4_scale(float base, float S_dec) {
     float s = round_nearest(base, e4m3), enc = 1.f / (s * S_dec);
@@ -547,10 +592,18 @@ template <class To> struct QuantJob {
     To* to = nullptr;
     Packed packed = {};
     TileShape tiles = {};
-    Minifloat element = {}, holder = {};
+    Minifloat element = {}, holder = {};        // what elements are rounded to; what code times scale is stored as (the carrier's, if there is one)
     ScaleRule rule = {};
-    float most = 0;                 // the largest power-of-two block scale
+    float most = 0;                             // the largest power-of-two block scale
     const float* row_scale = nullptr;
+    HD bool stochastic() const { return call.cell.rounding == Rounding::stochastic; }
+    HD bool square() const { return has_blocks(call.cell.format) && call.cell.block == Block::square; }
+    HD bool wide() const { return block_length(call.cell.format) == 32; }
+    HD bool down() const { return call.axis == Axis::column; }
+    HD float S_enc() const { return has_tensor_scale(call.cell) ? call.scale[0] : 1.f; }
+    HD float S_dec() const { return has_tensor_scale(call.cell) ? call.scale[1] : 1.f; }
+    // Codes wait in the stage to be packed, and become values only then.
+    HD bool keeps_codes() const { return packed.codes && !is_carried(call.cell); }
 };
 
 template <class To, int n> struct QuantJobs { QuantJob<To> job[n]; };            // a struct, which a kernel can be given
@@ -562,155 +615,200 @@ inline bool in_one_pass(Operand a, Axis axis_a, Operand b, Axis axis_b) {
     return fits(a, axis_a) && fits(b, axis_b);
 }
 
-// Tile i of one operand. `last`: no other operand is made of this tile, and the next one may be fetched.
-template <class G, class To, class From> HD void quantise_tile(G g, const QuantJob<To>& job, int64_t i, QuantStage& s, const From* from, bool last) {
-    const QuantCall& q = job.call;
-    const TileShape t = job.tiles;
-    const Operand cell = q.cell;
-    const Minifloat f = job.element, holder = job.holder;
-    const ScaleRule rule = job.rule;
-    const Packed packed = job.packed;
-    const float most = job.most, *scale = q.scale, *row_scale = job.row_scale;
-    const bool blocks = has_blocks(cell.format), mx = is_mx(cell.format), square = blocks && cell.block == Block::square, wide = block_length(cell.format) == 32;
-    const bool stochastic = cell.rounding == Rounding::stochastic, choose = cell.format == Format::nvfp4 && cell.scale == Scale::four_six;
-    const bool ceil = cell.scale == Scale::ceil, tensor = has_tensor_scale(cell), down = q.axis == Axis::column, nibbles = is_nibbles(cell);
-    const bool carried = is_carried(cell), po2 = cell.scale == Scale::po2, codes = packed.codes && !carried;
-    float* tally = q.tally && i % tally_every == 0 ? q.partial + t.count + tally_sums * (i / tally_every) : nullptr;
-    To* to = job.to;
-    int64_t to_ld = q.ld ? q.ld : q.cols;
-    int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C;
-    float S_enc = tensor ? scale[0] : 1.f, S_dec = tensor ? scale[1] : 1.f;
-    load_tile(g, t, s.v, from, r0, c0);
-    float energy = 0;                                               // of the whole operand, before anything is taken away
-    if (tally) energy = (float)g.sum(tile_size, [](acc_t v) { return v * v; }, (const float*)s.v);
-    if (q.k) subtract(g, t, s, q.low_a, q.low_b, q.k, r0, c0);
-    if (cell.hadamard) {
-        hadamard_signs(g, s.sign, cell.signs, philox(now(q.sign_key), 0));
-        hadamard(g, t, s.v, cell.hadamard, s.sign);
-    }
-    if (stochastic) draw_tile(g, t, s.random, now(q.key), r0, c0);
-    int height = (int)(t.rows - r0 < t.R ? t.rows - r0 : t.R), width = (int)(t.cols - c0 < t.C ? t.cols - c0 : t.C);
-    To* corner = to + r0 * to_ld + c0;
-    if (to) for (int r = 0; r < height; r++) g.fetch(corner + r * to_ld, width);
+// The steps of quantise_tile(), in their order. Each is given the stage as the one before left it; (r0, c0) is the tile's first element.
 
-    // Scales of every unit.
+// 1. s.enc and s.dec of every unit: what its elements are multiplied by before they are rounded, and its codes after.
+template <class G, class To> HD void scale_units(G g, const QuantJob<To>& job, QuantStage& s, int64_t r0, int64_t c0) {
+    const Operand cell = job.call.cell;
+    const TileShape t = job.tiles;
+    const Minifloat f = job.element;
+    const bool blocks = has_blocks(cell.format), down = job.down();
+    const float S_enc = job.S_enc(), S_dec = job.S_dec(), *row_scale = job.row_scale;
     if (blocks) {
-        auto larger = [](float a, float b) { return a > b ? a : b; };
-        units(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, larger);
-        combine(g, t, s.amax, s.group, square, wide, larger);
+        auto greater = [](float a, float b) { return a > b ? a : b; };
+        units(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, greater);
+        combine(g, t, s.amax, s.group, job.square(), job.wide(), greater);
     }
-    float per_amax = S_enc * rule.inverse_top;
     if (row_scale) g.each(tile_units, [&](int u) {
-        int64_t o = down ? c0 + (u & (t.C - 1)) : r0 + (16 * u >> t.shift);
+        int64_t o = down ? c0 + (u & (t.C - 1)) : r0 + (16 * u >> t.shift);            // which row of the operand
         float v = o < (down ? t.cols : t.rows) ? row_scale[o] : 1.f;
         s.enc[u] = 1.f / v, s.dec[u] = v;
     });
     else if (!blocks) g.each(tile_units, [&](int u) { s.enc[u] = S_enc, s.dec[u] = 1.f; });
-    else if (mx) g.each(tile_units, [&](int u) {
-        BlockScale b = mx_scale(s.amax[u], f, ceil);
-        s.enc[u] = b.code, s.dec[u] = b.value * S_enc;                     // 1 unless carried
-    });
-    else if (cell.format == Format::e2m1) g.each(tile_units, [&](int u) {
+    else if (is_mx(cell.format)) {
+        const bool ceil = cell.scale == Scale::ceil;
+        g.each(tile_units, [&](int u) {
+            BlockScale b = mx_scale(s.amax[u], f, ceil);
+            s.enc[u] = b.code, s.dec[u] = b.value * S_enc;                     // S_enc is 1 unless carried
+        });
+    } else if (cell.format == Format::e2m1) g.each(tile_units, [&](int u) {
         BlockScale b = float_scale(s.amax[u]);
         s.enc[u] = b.code, s.dec[u] = b.value;
     });
-    else g.each(tile_units, [&](int u) {
-        float base = s.amax[u] * per_amax;
-        base = base < 3.40282347e38f ? base : 3.40282347e38f;
-        BlockScale b = po2 ? po2_scale(base, S_dec, most) : nvfp4_scale(base, S_dec);
-        s.enc[u] = b.code, s.dec[u] = b.value;
-    });
-    g.sync();
-    auto nearest = [&](float v, int) { return round_nearest(v, f); };
-    auto random = [&](float v, int k) { return round_stochastic(v, s.random[k], f); };
-
-    // Four over six: the same block with its largest element on 4; whichever has the smaller squared error.
-    auto sum = [](float a, float b) { return a + b; };
-    if (choose) {
+    else {
+        const bool po2 = cell.scale == Scale::po2;
+        const float per_amax = S_enc * job.rule.inverse_top, most = job.most;
         g.each(tile_units, [&](int u) {
             float base = s.amax[u] * per_amax;
-            BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
-            s.enc4[u] = b.code, s.dec4[u] = b.value;
+            base = base < 3.40282347e38f ? base : 3.40282347e38f;
+            BlockScale b = po2 ? po2_scale(base, S_dec, most) : nvfp4_scale(base, S_dec);
+            s.enc[u] = b.code, s.dec[u] = b.value;
         });
+    }
+    g.sync();
+}
+
+// A code before its rounding, rounded: to nearest, or with element k's random bits.
+template <bool stochastic> HD float round_code(const QuantStage& s, float code, int k, Minifloat f) {
+    return stochastic ? round_stochastic(code, s.random[k], f) : round_nearest(code, f);
+}
+
+// 2. Four over six (arXiv 2512.02010): E2M1 has nothing between 4 and 6, so a block whose large elements lie near 5/6 of its amax errs much.
+// The same block is tried with its largest element on 4, the scale 3/2 as large; whichever has the smaller squared error stays.
+template <class G, class To> HD void choose_four(G g, const QuantJob<To>& job, QuantStage& s) {
+    const TileShape t = job.tiles;
+    const Minifloat f = job.element;
+    const float S_dec = job.S_dec(), per_amax = job.S_enc() * job.rule.inverse_top;
+    g.each(tile_units, [&](int u) {
+        float base = s.amax[u] * per_amax;
+        BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
+        s.enc4[u] = b.code, s.dec4[u] = b.value;
+    });
+    g.sync();
+    auto sum = [](float a, float b) { return a + b; };
+    auto errors = [&](auto round, const float* enc, const float* dec, float* to) {
+        units(g, t, to, [&](int k, int u) {
+            float d = round(s.v[k] * enc[u], k) * dec[u] * S_dec - s.v[k];
+            return d * d;
+        }, sum);
+    };
+    auto nearest = [&](float v, int k) { return round_code<false>(s, v, k, f); };
+    auto random = [&](float v, int k) { return round_code<true>(s, v, k, f); };
+    if (job.stochastic()) errors(random, s.enc, s.dec, s.err6), errors(random, s.enc4, s.dec4, s.err4);
+    else errors(nearest, s.enc, s.dec, s.err6), errors(nearest, s.enc4, s.dec4, s.err4);
+    combine(g, t, s.err6, s.group, job.square(), false, sum);
+    combine(g, t, s.err4, s.group, job.square(), false, sum);
+    g.each(tile_units, [&](int u) {
+        bool four = s.err4[u] < s.err6[u];
+        s.enc[u] = four ? s.enc4[u] : s.enc[u], s.dec[u] = four ? s.dec4[u] : s.dec[u];
+    });
+    g.sync();
+}
+
+// 3. The tile's terms of a Tally. energy: the sum of its squares before a low-rank part was taken away.
+template <class G, class To> HD void tally_tile(G g, const QuantJob<To>& job, QuantStage& s, float* tally, float energy, int64_t r0, int64_t c0) {
+    const TileShape t = job.tiles;
+    const Minifloat f = job.element, holder = job.holder;
+    const bool carried = is_carried(job.call.cell), stochastic = job.stochastic();
+    const float S_dec = job.S_dec();
+    for (int term = 0; term < tally_sums; term++) {
+        units(g, t, s.err4, [&](int k, int u) {
+            float x = s.v[k], code = x * s.enc[u];
+            float exact = (stochastic ? round_code<true>(s, code, k, f) : round_code<false>(s, code, k, f)) * s.dec[u];
+            float held = carried ? round_nearest(exact, holder) : exact, y = held * S_dec;
+            bool inside = r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols;
+            return term == Tally::at_error ? (y - x) * (y - x)
+                 : term == Tally::at_zero ? (y == 0 && x != 0 ? 1.f : 0.f)
+                 : term == Tally::at_saturated ? (magnitude(code) > f.max ? 1.f : 0.f)
+                 : term == Tally::at_count ? (inside ? 1.f : 0.f)
+                 : term == Tally::at_lost ? (held != exact ? 1.f : 0.f) : 0.f;
+        }, [](float a, float b) { return a + b; });
         g.sync();
-        auto errors = [&](auto round, const float* enc, const float* dec, float* to) {
-            units(g, t, to, [&](int k, int u) {
-                float d = round(s.v[k] * enc[u], k) * dec[u] * S_dec - s.v[k];
-                return d * d;
-            }, sum);
-        };
-        if (stochastic) errors(random, s.enc, s.dec, s.err6), errors(random, s.enc4, s.dec4, s.err4);
-        else errors(nearest, s.enc, s.dec, s.err6), errors(nearest, s.enc4, s.dec4, s.err4);
-        combine(g, t, s.err6, s.group, square, false, sum);
-        combine(g, t, s.err4, s.group, square, false, sum);
-        g.each(tile_units, [&](int u) {
-            bool four = s.err4[u] < s.err6[u];
-            s.enc[u] = four ? s.enc4[u] : s.enc[u], s.dec[u] = four ? s.dec4[u] : s.dec[u];
-        });
+        float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
+        if (g.lane() == 0) tally[term] = term == Tally::at_energy ? energy : total;
         g.sync();
     }
+}
 
-    if (tally)
-        for (int what = 0; what < tally_sums; what++) {
-            units(g, t, s.err4, [&](int k, int u) {
-                float x = s.v[k], code = x * s.enc[u], q = (stochastic ? random(code, k) : nearest(code, k)) * s.dec[u];
-                float held = carried ? round_nearest(q, holder) : q, y = held * S_dec;
-                return what == 0 ? (y - x) * (y - x) : what == 1 ? 0.f : what == 2 ? (y == 0 && x != 0 ? 1.f : 0.f)
-                     : what == 3 ? (magnitude(x * s.enc[u]) > f.max ? 1.f : 0.f)
-                     : what == 5 ? (held != q ? 1.f : 0.f)
-                     : r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols ? 1.f : 0.f;
-            }, sum);
-            g.sync();
-            float total = (float)g.sum(tile_units, [](acc_t v) { return v; }, (const float*)s.err4);
-            if (g.lane() == 0) tally[what] = what == 1 ? energy : total;
-            g.sync();
-        }
-
-    // Elements: to codes if they are to be packed, else straight to values; nearest and stochastic apart, so that loops are straight.
-    NextTile<G, From> ahead(g, t, from, r0, c0, last);
-    if (codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f); });
-    else if (codes) elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f); });
-    else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_stochastic(s.v[k] * s.enc[u], s.random[k], f) * s.dec[u]; }, ahead);
-    else elements(g, t, [&](int k, int u) { s.v[k] = round_nearest(s.v[k] * s.enc[u], f) * s.dec[u]; }, ahead);
+// 4. Elements become what is stored, code times scale; or, if they are still to be packed, codes. Loops of their own for nearest and
+// stochastic, so that each is straight, for a CPU's vectors; on the way the next tile is fetched.
+template <class G, class To, class From> HD void round_tile(G g, const QuantJob<To>& job, QuantStage& s, NextTile<G, From> ahead) {
+    const TileShape t = job.tiles;
+    const Minifloat f = job.element, holder = job.holder;
+    const bool codes = job.keeps_codes(), stochastic = job.stochastic();
+    if (codes && stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_code<true>(s, s.v[k] * s.enc[u], k, f); });
+    else if (codes) elements(g, t, [&](int k, int u) { s.v[k] = round_code<false>(s, s.v[k] * s.enc[u], k, f); });
+    else if (stochastic) elements(g, t, [&](int k, int u) { s.v[k] = round_code<true>(s, s.v[k] * s.enc[u], k, f) * s.dec[u]; }, ahead);
+    else elements(g, t, [&](int k, int u) { s.v[k] = round_code<false>(s, s.v[k] * s.enc[u], k, f) * s.dec[u]; }, ahead);
     g.sync();
-    if (carried) {
+    if (is_carried(job.call.cell)) {                                // an FP8 number, or, of a scale too far below the largest, the nearest one
         elements(g, t, [&](int k, int) { s.v[k] = round_nearest(s.v[k], holder); });
         g.sync();
     }
-    if (packed.codes) {
-        int64_t outer = down ? q.cols : q.rows, inner = packed_inner(cell, down ? q.rows : q.cols), per_row = inner / packed_block(cell);
-        int long_ = t.along_row || !down ? t.C : t.R;                                   // the tile's extent along the inner axis
-        int64_t o0 = down ? c0 : r0, i0 = down ? r0 : c0, ld = nibbles ? inner / 2 : inner, step = nibbles ? 2 : 1;
-        g.each(tile_size / (int)step, [&](int j) {
-            int in = (int)(j * step) % long_, out_ = (int)(j * step) / long_;
-            if (o0 + out_ >= outer || i0 + in >= inner) return;
-            int k = down ? (in << t.shift) + out_ : (out_ << t.shift) + in, next = k + (down ? t.C : 1);
-            uint8_t code = encode(s.v[k], holder);
-            if (nibbles) code = (uint8_t)(code | encode(s.v[next], holder) << 4);
-            packed.codes[(o0 + out_) * ld + (i0 + in) / step] = code;
-        });
-        int length = wide ? 32 : 16;
-        if (blocks && !carried) g.each(tile_size / length, [&](int j) {
-            int in = j * length % long_, out_ = j * length / long_;
-            if (o0 + out_ >= outer || i0 + in >= inner) return;
-            int r = down ? in : out_, c = down ? out_ : in;
-            float d = s.dec[t.along_row ? ((r << t.shift) + c) / 16 : (r / 16 << t.shift) + c];
-            uint8_t byte = mx ? (uint8_t)(is_finite(d) ? bits_of(d) >> 23 : 255) : encode(d, e4m3);
-            packed.scales[scale_offset(o0 + out_, (i0 + in) / length, per_row, packed.order)] = byte;
-        });
+}
+
+// 5. The packed form: codes of (outer x inner), the contracted axis inner, and a scale byte a block.
+template <class G, class To> HD void pack_tile(G g, const QuantJob<To>& job, const QuantStage& s, int64_t r0, int64_t c0) {
+    const QuantCall& call = job.call;
+    const TileShape t = job.tiles;
+    const Packed packed = job.packed;
+    const Minifloat holder = job.holder;
+    const bool down = job.down(), nibbles = is_nibbles(call.cell), mx = is_mx(call.cell.format);
+    const int64_t outer = down ? call.cols : call.rows, inner = packed_inner(call.cell, down ? call.rows : call.cols);
+    const int64_t outer0 = down ? c0 : r0, inner0 = down ? r0 : c0;
+    const int extent = down && !t.along_row ? t.R : t.C;                               // of the tile, along the inner axis
+    const int step = nibbles ? 2 : 1;                                                  // codes in a byte
+    const int64_t ld = inner / step;
+    g.each(tile_size / step, [&](int j) {
+        int i = j * step % extent, o = j * step / extent;
+        if (outer0 + o >= outer || inner0 + i >= inner) return;
+        int k = down ? (i << t.shift) + o : (o << t.shift) + i, next = k + (down ? t.C : 1);
+        uint8_t code = encode(s.v[k], holder);
+        if (nibbles) code = (uint8_t)(code | encode(s.v[next], holder) << 4);
+        packed.codes[(outer0 + o) * ld + (inner0 + i) / step] = code;
+    });
+    if (!has_scale_bytes(call.cell)) return;
+    const int length = job.wide() ? 32 : 16;
+    const int64_t per_row = inner / packed_block(call.cell);
+    g.each(tile_size / length, [&](int j) {
+        int i = j * length % extent, o = j * length / extent;
+        if (outer0 + o >= outer || inner0 + i >= inner) return;
+        int r = down ? i : o, c = down ? o : i;
+        float d = s.dec[t.along_row ? ((r << t.shift) + c) / 16 : (r / 16 << t.shift) + c];
+        uint8_t byte = mx ? (uint8_t)(is_finite(d) ? bits_of(d) >> 23 : 255) : encode(d, e4m3);
+        packed.scales[scale_offset(outer0 + o, (inner0 + i) / length, per_row, packed.order)] = byte;
+    });
+}
+
+// Tile i of one operand. `last`: no other operand is made of this tile, and the next one may be fetched.
+template <class G, class To, class From> HD void quantise_tile(G g, const QuantJob<To>& job, int64_t i, QuantStage& s, const From* from, bool last) {
+    const QuantCall& call = job.call;
+    const TileShape t = job.tiles;
+    const Operand cell = call.cell;
+    const int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C, ld = call.ld ? call.ld : call.cols;
+    const int height = height_at(t, r0), width = width_at(t, c0);
+    float* tally = call.tally && i % tally_every == 0 ? call.partial + t.count + tally_sums * (i / tally_every) : nullptr;
+    To* corner = job.to + r0 * ld + c0;
+
+    load_tile(g, t, s.v, from, r0, c0);
+    float energy = tally ? (float)g.sum(tile_size, [](acc_t v) { return v * v; }, (const float*)s.v) : 0.f;
+    if (call.k) subtract(g, t, s, call.low_a, call.low_b, call.k, r0, c0);
+    if (cell.hadamard) {
+        hadamard_signs(g, s.sign, cell.signs, philox(now(call.sign_key), 0));
+        hadamard(g, t, s.v, cell.hadamard, s.sign);
     }
-    if (!to) return;
-    if (codes) {
+    if (job.stochastic()) draw_tile(g, t, s.random, now(call.key), r0, c0);
+    if (job.to)
+        for (int r = 0; r < height; r++) g.fetch(corner + r * ld, width);              // where results go, while scales are worked out
+
+    scale_units(g, job, s, r0, c0);
+    if (cell.format == Format::nvfp4 && cell.scale == Scale::four_six) choose_four(g, job, s);
+    if (tally) tally_tile(g, job, s, tally, energy, r0, c0);
+    round_tile(g, job, s, NextTile<G, From>(g, t, from, r0, c0, last));
+    if (job.packed.codes) pack_tile(g, job, s, r0, c0);
+    if (!job.to) return;
+    if (job.keeps_codes()) {
         g.sync();
         elements(g, t, [&](int k, int u) { s.v[k] *= s.dec[u]; });
         g.sync();
     }
-    g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * to_ld + c, s.v[(r << t.shift) + c]); });
+    g.tile(height, width, t.shift, [&](int r, int c) { store_exact(corner + r * ld + c, s.v[(r << t.shift) + c]); });
 }
 
-// Every job's operand of one matrix, which is read once: a tile stays near the lanes while each job takes its turn with it. What a job
-// makes: code times block scale of every element; and, where asked, the packed form. Call tensor_scale() or row_scales() first for formats that have them;
-// jobs' `partial` and `scale` are their own.
+// Every job's operand of one matrix (rows x cols, contiguous), which is read once: a tile stays near the lanes while each job takes its turn
+// with it. What a job makes: code times block scale of every element; and, where asked, the packed form. Call tensor_scale() or row_scales()
+// first for formats that have them; jobs' `partial` and `scale` are their own.
+// Bytes: the source once (of jobs after the first a tile comes from the cache), each operand written once; FLOPs: of a low-rank part.
 template <class To, int n, class From> void quantise(Ctx& ctx, QuantJobs<To, n> jobs, const From* from) {
     Cost cost = {(double)jobs.job[0].call.rows * jobs.job[0].call.cols * sizeof(From), 0};
     int height = 0;
@@ -721,6 +819,7 @@ template <class To, int n, class From> void quantise(Ctx& ctx, QuantJobs<To, n> 
         j.element = element_of(cell.format), j.holder = stored_as(cell), j.rule = scale_rule(cell), j.most = std::ldexp(1.f, top_exponent(cell));
         j.row_scale = has_row_scales(cell) ? row_scales_of(j.call) : nullptr;
         cost.bytes += (double)j.call.rows * j.call.cols * ((j.to ? sizeof(To) : 0) + (j.packed.codes ? 1 : 0));
+        cost.flops += 2. * j.call.rows * j.call.cols * j.call.k;
     }
     const int64_t tiles = jobs.job[0].tiles.count;
     for_tiles<quantise_tiles, QuantStage>(ctx, cost, tiles, KERNEL(Group<256> g, int64_t i, QuantStage& s) {
