@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Do the tests of FP4, Metis and AdamW notice a mistake? One rule of fp4.cuh, metis.cuh, subspace.cuh, llama.cuh or device.cuh is changed at a
+"""Do the tests of FP4, Metis and AdamW notice a mistake? One rule of fp4.cuh, recipes.cuh, metis.cuh, subspace.cuh, llama.cuh or device.cuh is changed at a
 time, in a copy; the tests are built against the copy and must turn red.
 
     python3 test/mutate.py [-j N] [WORD ...]       N at a time (2); only mutations whose name has one of the WORDs
@@ -67,8 +67,8 @@ MUTATIONS = [
     ("carrier: tensor scales taken over between carriers", "metis.cuh", " && a.carrier == b.carrier && scale_rule(a)", " && scale_rule(a)"),
     ("fp8 rows: scales that saturate", "fp4.cuh", "uint32_t e = e8m0_ceil(amax, f);\n    return decode_e8m0(e ? e : 1);", "uint32_t e = e8m0_floor(amax, f);\n    return decode_e8m0(e ? e : 1);"),
     ("fp8 rows: a tile's first row for all", "fp4.cuh", "r0 + (16 * u >> t.shift)", "r0"),
-    ("fp8 rows: D serves twice", "metis.cuh", "!has_row_scales(once) && ", ""),
-    ("one pass: the second amax in the first's place", "metis.cuh", "(scaled || slot < 2)", "true"),
+    ("fp8 rows: D serves twice", "metis.cuh", " && !has_row_scales(c) && !c.hadamard && !c.split &&", " && !c.hadamard && !c.split &&"),
+    ("one pass: the second amax in the first's place", "metis.cuh", "(scaled || place < 2)", "true"),
     ("one pass: one tile shape too low", "fp4.cuh", "height = std::max(height, tile_height(j.call.cell, j.call.axis))", "height = height ? height : tile_height(j.call.cell, j.call.axis)"),
     # Hadamard
     ("Hadamard: one fixed sign", "fp4.cuh", "const uint32_t fixed = 0xd7e8;", "const uint32_t fixed = 0xd7ec;"),
@@ -86,21 +86,18 @@ MUTATIONS = [
     ("draws: both operands of a GEMM share them", "metis.cuh", "(again ? made_before[which] : which)",
      "(again ? made_before[which] : which / 2 * 2)"),
     ("draws: signs of each operand its own", "metis.cuh", "sign_key.operand = (uint32_t)which / 2,", "sign_key.operand = (uint32_t)which,"),
-    ("draws: evaluation rounds stochastically", "metis.cuh", "if (s.nearest) cell.rounding = Rounding::nearest,", "if (s.nearest)"),
+    ("draws: evaluation rounds stochastically", "metis.cuh", "        cell.rounding = Rounding::nearest;\n", ""),
     # packing
     ("packing: nibbles exchanged", "fp4.cuh", "code = (uint8_t)(code | encode(s.v[next], holder) << 4);",
      "code = (uint8_t)(code << 4 | encode(s.v[next], holder));"),
     ("packing: tiled scales by other strides", "fp4.cuh", "r % 32 * 16 + r % 128 / 32 * 4 + b % 4;",
      "r % 32 * 16 + b % 4 * 4 + r % 128 / 32;"),
     # the layer
-    ("wgrad_x in blocks along its rows", "metis.cuh", "QuantCall call = {cell, blocks, rows",
-     "QuantCall call = {cell, which == wgrad_x ? Axis::row : blocks, rows"),
-    ("dgrad_w in blocks along its rows", "metis.cuh", "QuantCall call = {cell, blocks, rows",
-     "QuantCall call = {cell, which == dgrad_w ? Axis::row : blocks, rows"),
-    ("D with blocks serves twice", "metis.cuh", "bool same = once == again && !has_blocks(once.format) && ",
-     "bool same = once == again && "),
-    ("D rounded stochastically serves twice", "metis.cuh", " && once.rounding == Rounding::nearest && !native", " && !native"),
-    ("D serves wgrad whatever its cell", "metis.cuh", "bool same = once == again && ", "bool same = once.format == again.format && "),
+    ("wgrad_x in blocks along its rows", "metis.cuh", "return {cell, blocks, rows", "return {cell, which == wgrad_x ? Axis::row : blocks, rows"),
+    ("dgrad_w in blocks along its rows", "metis.cuh", "return {cell, blocks, rows", "return {cell, which == dgrad_w ? Axis::row : blocks, rows"),
+    ("D with blocks serves twice", "metis.cuh", "return !has_blocks(c.format) && !has_row_scales(c)", "return !has_row_scales(c)"),
+    ("D rounded stochastically serves twice", "metis.cuh", " && !c.split && c.rounding == Rounding::nearest;", " && !c.split;"),
+    ("D serves wgrad whatever its cell", "metis.cuh", "bool twice = first == second && ", "bool twice = first.format == second.format && "),
     ("tensor scales taken over in spite of a Hadamard", "metis.cuh", "!a.hadamard && !b.hadamard && alike", "alike"),
     ("tensor scales taken over between rules", "metis.cuh", " && scale_rule(a).full == scale_rule(b).full;", ";"),
     ("dW is overwritten", "metis.cuh", "product(ctx, s, lin.wgrad, lin.dw, lin.in, turned, q, lin.out, lin.in, rows, 1,",
@@ -109,8 +106,8 @@ MUTATIONS = [
      "acc_t(b.scale ? *b.scale : 1.f);"),
     ("the tally counts padding", "fp4.cuh", "bool inside = r0 + (k >> t.shift) < t.rows && c0 + (k & (t.C - 1)) < t.cols;", "bool inside = true;"),
     # refusals
-    ("a Hadamard on one side only is allowed", "metis.cuh", "if (c.hadamard != other.hadamard || ", "if ("),
-    ("MX scales on nvfp4 are allowed", "metis.cuh", "if (c.format == Format::nvfp4 && c.scale >= Scale::floor)", "if (false)"),
+    ("a Hadamard on one side only is allowed", "recipes.cuh", "if (c.hadamard != other.hadamard || ", "if ("),
+    ("MX scales on nvfp4 are allowed", "recipes.cuh", "if (c.format == Format::nvfp4 && c.scale >= Scale::floor)", "if (false)"),
 ]
 
 # the same for bases and split operands, by tests of their own
@@ -140,13 +137,12 @@ SPLIT_MUTATIONS = [
     ("split: A in blocks along its rows", "metis.cuh", "a.cols = k, a.key.operand", "a.axis = Axis::row, a.cols = k, a.key.operand"),
     ("split: B in blocks along its rows", "metis.cuh", "b.rows = k, b.key.operand", "b.axis = Axis::row, b.rows = k, b.key.operand"),
     ("split: factors never stochastic", "metis.cuh", "cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest", "Rounding::nearest"),
-    ("split: evaluation rounds factors stochastically", "metis.cuh", ", cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;",
-     ";"),
+    ("split: evaluation rounds factors stochastically", "metis.cuh", "if (cell.factors != Factors::exact) cell.factors = Factors::nearest;", ""),
     ("split: B's scale not in the residual", "metis.cuh", "acc_t scale = (sa ? *sa : 1.f) * (sb ? *sb : 1.f);", "acc_t scale = (sa ? *sa : 1.f);"),
     ("split: residual against the unrounded basis", "metis.cuh", "low_b[r * cols + j] = half ?", "low_b[r * cols + j] = true ? basis[r * cols + j] : half ?"),
-    ("split: residual=exact does nothing", "metis.cuh", "if (cell.residual == Residual::exact) call.low_a = t, call.low_b = basis;", "if (false) ;"),
+    ("split: residual=exact does nothing", "metis.cuh", "if (cell.residual == Residual::exact) {", "if (false) {"),
     ("split: the second operand of a matrix is never its first", "metis.cuh",
-     "bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;", "bool first = made_before[which] == operand_count;"),
+     "const bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;", "const bool first = made_before[which] == operand_count;"),
     ("split: tensor scales taken over whatever the factors", "metis.cuh", "(!a.split || (a.factors == b.factors && a.residual == b.residual));", "true;"),
     ("split: tensor scales never taken over", "metis.cuh", "bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);", "bool scaled = false;"),
     # trained factors
@@ -158,12 +154,12 @@ SPLIT_MUTATIONS = [
     ("trained: dV without s", "metis.cuh", "[=](acc_t& o) { o *= s[j]; }", "[=](acc_t& o) { o *= 1; }"),
     ("trained: ds of what dV has become", "metis.cuh", "ds[j] = sum;", "ds[j] = sum * s[j];"),
     # the product
-    ("product: no term of both low-rank parts", "metis.cuh", "v += code(i) * (mine * own_l[i]) * inner[j * k + i];", ";"),
+    ("product: no term of both low-rank parts", "metis.cuh", "v += code(i) * (s_own * own_l[i]) * inner[j * k + i];", ";"),
     ("product: inner transposed", "metis.cuh", "inner[j * k + i]", "inner[i * k + j]"),
-    ("product: without the other factor's scale", "metis.cuh", "v = v * (other_l[j] * scale) /", "v = v * other_l[j] /"),
-    ("product: thin factors under the residuals' scales", "metis.cuh", "v = v * (other_l[j] * scale) / first / next;", "v = v * (other_l[j] * scale);"),
+    ("product: without the other factor's scale", "metis.cuh", "v = v * (other_l[j] * s_other) /", "v = v * other_l[j] /"),
+    ("product: thin factors under the residuals' scales", "metis.cuh", "v = v * (other_l[j] * s_other) / s_own_r / s_other_r;", "v = v * (other_l[j] * s_other);"),
     ("product: thin factors not rounded to bf16", "metis.cuh", "if (half) store(&rounded", "if (false) store(&rounded"),
-    ("product: halves of a thin factor exchanged", "metis.cuh", "own_at = second && both ? k : 0, other_at = !second && both ? k : 0", "own_at = both ? k : 0, other_at = 0"),
+    ("product: halves of a thin factor exchanged", "metis.cuh", "own_column = second && both ? k : 0, other_column = !second && both ? k : 0", "own_column = both ? k : 0, other_column = 0"),
 ]
 
 # the same for AdamW's moments
@@ -217,7 +213,7 @@ def copy():
 def tests_of(mutation):
     """In the order in which they are likely to see it."""
     tests = SPLIT_TESTS if mutation in SPLIT_MUTATIONS else MOMENT_TESTS if mutation in MOMENT_MUTATIONS else TESTS
-    return tests[::-1] if mutation[1] in ("metis.cuh", "matmul.cuh") else tests
+    return tests[::-1] if mutation[1] in ("metis.cuh", "recipes.cuh", "matmul.cuh") else tests
 
 
 def mutate(mutation):
