@@ -54,7 +54,7 @@ HD float larger(float a, float b) { return float_of(bits_of(a) > bits_of(b) ? bi
 HD float with_sign(float q, float x) { return float_of(bits_of(q) | (bits_of(x) & 0x80000000u)); }
 
 // x as the nearest value of f, ties to the even mantissa, saturating. (a + c) - c rounds a to multiples of c's last place; c is the
-// power of two whose last place is f's step at a.
+// power of two whose last place is f's step at a. E2M1 at 2.7: steps of 1, c = 2 x 2^22 = 2^23, 8388610.7 is rounded to 8388611: 3.
 HD float round_nearest(float x, Minifloat f) {
     float a = smaller(magnitude(x), f.max);
     float c = float_of((bits_of(larger(a, f.min_normal)) & 0x7f800000u) + ((uint32_t)f.drop << 23));
@@ -64,6 +64,7 @@ HD float round_nearest(float x, Minifloat f) {
 // x as one of its two neighbours in f, the upper one with the probability of where x lies between them: exact to 2^-17 of the gap,
 // from r, 16 random bits. What f holds exactly never moves. Unbiased up to max; beyond, it saturates. The random bits are added to
 // the mantissa's lower bits and these cut off; subnormals of f are lifted by min_normal so that their step is the float's, too.
+// E2M1 at 2.7, between 2 and 3: of 65536 values of r, 0.7 x 65536 carry into the bits that stay and give 3.
 HD float round_stochastic(float x, uint32_t r, Minifloat f) {
     float a = smaller(magnitude(x), f.max);
     float lift = a < f.min_normal ? f.min_normal : 0.f;
@@ -100,6 +101,7 @@ HD uint32_t e8m0_ceil(float amax, Minifloat f) {
     up = up < 254 ? up : 254;
     return bits_of(amax) >= 0x7f800000u ? 255 : up;
 }
+// Both ends need care: 2^-127 (byte 0) and 1 / 2^127 (of byte 254) are subnormal floats, whose bits are 0x00400000.
 HD float decode_e8m0(uint32_t f) {
     uint32_t u = f == 0 ? 0x00400000u : f << 23;
     return float_of(f == 255 ? 0x7fc00000u : u);
@@ -114,9 +116,9 @@ HD float inverse_e8m0(uint32_t f) {
 
 enum class Format { f32, bf16, fp8, fp8_e5m2, mxfp8, nvfp4, mxfp4, e2m1 };   // e2m1: blocks of 16 whose scales stay floats
 enum class Block { vector, square, row };             // 1 x 16 (MX: 1 x 32) along the contracted axis; 16 x 16 (32 x 32); FP8 alone: all of a row
-enum class Rounding { nearest, stochastic };
+enum class Rounding { nearest, stochastic };          // stochastic: unbiased, at the price of a larger error; of use where errors add up
 enum class Scale { te, headroom, four_six, po2, floor, ceil };                // te: TransformerEngine's; the others below
-enum class Signs { fixed, random, plus };
+enum class Signs { fixed, random, plus };             // before a Hadamard, lest elements that are all alike pile up in its first output
 enum class Factors { nearest, stochastic, exact };    // a split operand's thin factors: rounded to the operand's format, or bf16
 enum class Along { contracted, other };               // blocks along the axis that the GEMM contracts, as tensor cores need them, or not
 enum class Draws { own, before };                     // random bits of its own, or those of the matrix's operand before: then the same values
@@ -124,7 +126,7 @@ enum class Residual { quantised, exact };             // what the residual is ta
 enum class Carrier { own, e4m3, e5m2 };               // codes and scale bytes; or their products, as FP8 numbers under one scale a tensor
 
 // How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else. A new field also belongs
-// into operator== below (or linear_backward() may take one cell's operand for another's) and into cell_text() and cell_keys() (recipes.h).
+// into operator== below (or linear_backward() may take one cell's operand for another's), and into recipes.cuh.
 struct Operand {
     Format format;
     Block block = Block::vector;
@@ -392,7 +394,8 @@ template <class G> HD void draw_tile(G g, const TileShape& t, uint16_t* random, 
 
 struct quantise_amax; struct quantise_scale; struct quantise_tiles; struct quantise_tally;
 
-// What one call works on. scale (2 floats: S_enc, S_dec) and partial (quantise_partials() floats) are scratch that the call fills.
+// What one call works on: a matrix (rows x cols), contiguous, whose operand is (outer x inner): rows x cols, or of axis column cols x rows.
+// scale (2 floats: S_enc, S_dec) and partial (quantise_partials() floats) are scratch that the call fills.
 // `key` names the draws of stochastic rounding, `sign_key` those of random signs: the two operands of a GEMM share it.
 struct QuantCall {
     Operand cell;
@@ -422,6 +425,8 @@ struct Packed {
     uint8_t *codes = nullptr, *scales = nullptr;
     ScaleOrder order = ScaleOrder::plain;
 };
+// In the tiled order, a tile is 128 rows by 4 blocks, 512 bytes: 16 bytes for each of 32 rows, 4 for row r and those 32, 64 and 96 below it.
+// (cuBLAS, "1D Block Scaling Factors Layout".) Rows beyond the last, up to 128, and blocks, up to 4, are there and must be no NaN.
 HD int packed_block(Operand c) { return has_scale_bytes(c) ? block_length(c.format) : 16; }
 HD bool is_nibbles(Operand c) { return is_4bit(c.format) && !is_carried(c); }
 HD int64_t packed_inner(Operand c, int64_t inner) { return (inner + packed_block(c) - 1) / packed_block(c) * packed_block(c); }
@@ -461,7 +466,9 @@ template <class G, class T> HD void note_amax(G g, float* to, const T* row, int 
     if (g.lane() == 0) *to = (float)m;
 }
 
-// scale[0] = S_enc, scale[1] = S_dec from the amax of the whole matrix (after the Hadamard, where there is one).
+// scale[0] = S_enc, scale[1] = S_dec from the amax of the whole matrix: of what is quantised, that is without a low-rank part and after the
+// Hadamard, where there are such; then every tile is worked out here once and in quantise() again, and never stored.
+// Else the row amaxes that the matrix's producer noted save the pass over memory. Two launches: partial maxima, then one block for all.
 template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From* from) {
     int64_t n = q.rows * q.cols, parts;
     const float* partial = q.partial;
@@ -489,8 +496,8 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     else {
         parts = (n + amax_chunk - 1) / amax_chunk;
         for_rows<quantise_amax, 256>(ctx, {n * sizeof(From) * 1., 0}, parts, KERNEL(Group<256> g, int64_t r) {
-            int64_t first = r * amax_chunk;
-            acc_t m = g.max((int)(n - first < amax_chunk ? n - first : amax_chunk), [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + first);
+            int64_t first = r * amax_chunk, length = n - first < amax_chunk ? n - first : amax_chunk;
+            acc_t m = g.max((int)length, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + first);
             if (g.lane() == 0) own[r] = (float)m;
         });
     }
@@ -519,7 +526,8 @@ HD float row_scale(float amax, Minifloat f) {
 }
 inline float* row_scales_of(const QuantCall& q) { return q.row_scale ? q.row_scale : q.partial + tile_partials(q.cell, q.rows, q.cols); }
 
-// Scales of the rows of the operand: of the source's rows, or of its columns.
+// Scales of the rows of the operand (outer): of the source's rows, or of its columns, whose amaxes come in chunks of 256 rows and then
+// together, so that all lanes read along rows of memory.
 template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* from) {
     float* to = row_scales_of(q);
     int64_t rows = q.rows, cols = q.cols;

@@ -408,8 +408,8 @@ inline void store_packed(QuantCall& call, Mat& to, int64_t outer, int64_t inner)
 // Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its place of s unless it can be used
 // as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted). native: as a tensor core
 // reads it. If `later` is given, the operand's elements await quantise_operands(), which makes all of a matrix's operands in one launch.
-inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols, bool native = false,
-                        Making<2>* later = nullptr) {
+inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols,
+                        bool native = false, Making<2>* later = nullptr) {
     const Operand cell = lin.recipe->cell[which];
     const int64_t thin = thin_columns(*lin.recipe, which, lin.splits.k);
     // Of a W whose factors are trained, a row without a split (one in bf16, or evaluation's) wants all of W.
@@ -463,7 +463,8 @@ template <class To> void thin_factor(Ctx& ctx, const acc_t* cross, const Prepare
     const acc_t *own_l = own.l, *other_l = other.l;
     bool has_own = own.split, has_other = other.split, both = has_own && has_other, half = own.half;
     int own_column = second && both ? k : 0, other_column = !second && both ? k : 0;
-    for_rows<split_thin>(ctx, {(double)outer * (both ? 2 : 1) * k * sizeof(To) * 2, second && both ? 2. * outer * k * k : 0}, outer, KERNEL(Group<32> g, int64_t r) {
+    Cost cost = {(double)outer * (both ? 2 : 1) * k * sizeof(To) * 2, second && both ? 2. * outer * k * k : 0};
+    for_rows<split_thin>(ctx, cost, outer, KERNEL(Group<32> g, int64_t r) {
         auto code = [=](int i) { return (acc_t)load((const To*)o + r * o_row + i * o_col); };
         if (has_own) g.each(k, [=](int i) { store(to + r * row + (own_column + i) * col, (float)code(i)); });
         if (!has_other) return;
