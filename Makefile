@@ -6,7 +6,7 @@
 # make test-emulated   the GPU program's kernels run lane by lane on this CPU (test/emulated): no GPU needed, no word on speed
 # make bench           ratios against PyTorch, the matmul peak and copy bandwidth, in one run
 # make compare         recipes on the same data and seeds: a table and a plot; COMPARE="--data my.txt --steps 1000 --seeds 3 --ablation"
-# make gpu-check       on a GPU: tests, sanitizers, speeds and a short training comparison in 25 minutes, one table (dev/gpu.py)
+# make gpu-check       on a GPU: tests, speeds, a short training comparison and sanitizers in 25 minutes, one table (dev/gpu.py)
 # make clean
 #
 # GPU=0|1              force the CPU or the GPU program           ARCH=90a    GPU target (default: the GPU found)
@@ -44,7 +44,10 @@ endif
 
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo no-git)
 ifeq ($(GPU),1)
-  ARCH  ?= $(or $(GPU_FOUND),$(shell [ -x build/probe_gpu ] || $(NVCC) -arch=native -o build/probe_gpu dev/probe_gpu.cu $(quiet); build/probe_gpu 2>/dev/null),90a)
+  ifndef ARCH
+    ARCH := $(or $(GPU_FOUND),$(shell mkdir -p build; \
+        [ -x build/probe_gpu ] || $(NVCC) -arch=native -o build/probe_gpu dev/probe_gpu.cu $(quiet); build/probe_gpu 2>/dev/null),90a)
+  endif
   DIR    = build/gpu-$(ARCH)$(if $(ACT),-$(ACT))
   BUILD  = GPU sm_$(ARCH), $(shell $(NVCC) --version | grep -o 'release [0-9.]*'), commit $(COMMIT)
   COMPILE = $(NVCC) $(NVCCFLAGS) $(if $(filter float,$(ACT)),-DMETIS_ACT_FLOAT) -gencode arch=compute_$(ARCH),code=sm_$(ARCH) -x cu
@@ -81,8 +84,8 @@ ifeq ($(GPU),1)
 	@echo "✓ GPU build for sm_$(ARCH)"
 else
 	@echo "$(if $(GPU_FOUND),,→ CPU build (no GPU answers, or GPU=0)) $(CPU_ONEDNN)"
-	@printf '$(hash)include <nlohmann/json.hpp>' | $(CXX) -E -x c++ - $(quiet) || { echo "✗ nlohmann/json not found: apt install nlohmann-json3-dev"; exit 1; }
 endif
+	@printf '$(hash)include <nlohmann/json.hpp>' | $(CXX) -E -x c++ - $(quiet) || { echo "✗ nlohmann/json not found: apt install nlohmann-json3-dev"; exit 1; }
 
 build/stories: data/stories.cpp
 	@mkdir -p build
@@ -164,6 +167,8 @@ gpu-check: data/stories.txt
 	@$(PYTHON) dev/gpu.py $(GPU_CHECK)
 print-dir:
 	@echo $(DIR)
+print-host-tests:
+	@echo $(filter $(HOST)/%,$(TESTS))
 print-gpu-tests:
 	@echo $(filter $(DIR)/%,$(TESTS)) $(patsubst %,$(DIR)/%,bench_kernels $(LADDERS))
 clean:
@@ -171,7 +176,7 @@ clean:
 help:
 	@sed -n '/^# make/,/^$$/p' Makefile | sed 's/^# \?//'
 
-.PHONY: always all run found test test-asan test-emulated gpu-compile bench compare gpu-check print-dir print-gpu-tests clean help
+.PHONY: always all run found test test-asan test-emulated gpu-compile bench compare gpu-check print-dir print-gpu-tests print-host-tests clean help
 .DELETE_ON_ERROR:
 # Of what this make builds, no more: another may be writing in the other folders.
 -include $(wildcard $(addsuffix *.d,$(sort $(DIR)/ $(HOST)/ $(dir $(REFERENCE)) $(if $(SAN),,build/emulated/ build/compile/ build/compile/check/))))

@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Everything that only a GPU can tell, in one command and about 25 minutes: tests, sanitizers, speeds, a short training comparison.
 
-    python3 dev/gpu.py [--out build/gpu] [--minutes 25] [--data my.txt] [--only build,tests,sanitize,kernels,steps,graphs,profile,train]
+    python3 dev/gpu.py [--out build/gpu] [--minutes 25] [--data my.txt] [--only build,tests,...]
 
-Needs a GPU and CUDA 12.8 or newer. Each part has its share of the time and is ended when that is used up; what it printed lies in OUT as
-PART.log, the table of all in OUT/table.md (rewritten after every row, so that a machine that goes away leaves what was done).
+Needs a GPU, CUDA 12.9 or newer, and what README.md's apt line names. Parts, in this order: build; tests (kernels and model, in C++); kernels
+(speeds, and the ladders of dev/); steps; graphs; profile; train; checks (the program's own tests and compute-sanitizer, all at once, for they are
+not timed). Each has its share of the time and is ended when that is used up; what it printed lies in OUT as PART.log, the table of all in
+OUT/table.md, a row as soon as it is known, so that a machine that goes away leaves what was done; with --only, rows are added to the table that is there.
+A command that fails is run once more with CUDA_LAUNCH_BLOCKING=1, for its log: then an error is reported by the launch that made it.
 Steps are those of `llama3.2-1b`, and of four layers of `llama3-8b` (its layer shapes, a small vocabulary), on random weights:
 milliseconds, tokens/s, the share of the measured bf16 matmul peak, and the ratio to bf16's tokens/s. Then small models with --graphs and without.
 The last line counts what was ok, failed, ran out of time or was left out; the exit status is 1 unless all of it was ok.
 """
-import argparse, collections, os, re, statistics, subprocess, sys, time
+import argparse, collections, concurrent.futures, os, re, statistics, subprocess, sys, time
 sys.dont_write_bytecode = True
 
-PARTS = "build,tests,sanitize,kernels,steps,graphs,profile,train"
+PARTS = "build,tests,kernels,steps,graphs,profile,train,checks"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", default="build/gpu")
 parser.add_argument("--minutes", type=float, default=25)
@@ -24,7 +27,7 @@ if unknown := set(wanted) - set(PARTS.split(",")):
     print(f"gpu.py: --only has no part {', '.join(sorted(unknown))}: name some of {PARTS}", file=sys.stderr)
     sys.exit(2)
 os.makedirs(o.out, exist_ok=True)
-begin, lines, ended = time.time(), [], collections.Counter()
+begin, ended = time.time(), collections.Counter()
 recipes = ["bf16", "fp8", "fp8-rows", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "mxfp4-fp8", "nvfp4-fp8", "metis"]
 
 def left(): return 60 * o.minutes - (time.time() - begin)
@@ -37,11 +40,18 @@ def shell(part, command, seconds):
         log.write(f"$ {command}\n")
         log.flush()
         start, since = log.tell(), time.time()
-        status = subprocess.run(["timeout", "-k", "5", str(seconds), "bash", "-c", command], stdout=log, stderr=subprocess.STDOUT).returncode
-    if status in (137, -9) and time.time() - since > seconds: status = 124      # it had to be killed
+        def run(seconds, **more):
+            return subprocess.run(["timeout", "-k", "5", str(seconds), "bash", "-c", command], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **more}).returncode
+        status = run(seconds)
+        end = os.fstat(log.fileno()).st_size
+        if status in (137, -9) and time.time() - since > seconds: status = 124      # it had to be killed
+        if status not in (0, 124) and part != "build" and left() > 240:
+            log.write("$ the same with CUDA_LAUNCH_BLOCKING=1\n")
+            log.flush()
+            run(min(seconds, 120), CUDA_LAUNCH_BLOCKING="1")
     with open(path, "rb") as log:
         log.seek(start)
-        return status, log.read().decode(errors="replace")
+        return status, log.read(end - start).decode(errors="replace")
 
 def verdict(status, found=True):
     """The cell that says how a command ended, counted. found: what it had to print is there; status None: it was not run."""
@@ -51,28 +61,44 @@ def verdict(status, found=True):
 
 def row(*cells):
     cells = [str(c).replace("|", "/") for c in cells] + [""] * (6 - len(cells))
-    lines.append("| " + " | ".join(cells) + " |")
-    with open(os.path.join(o.out, "table.md"), "w") as table: table.write("\n".join(lines) + "\n")
-    print(lines[-1], flush=True)
+    add("| " + " | ".join(cells) + " |")
+
+def add(line):
+    with open(os.path.join(o.out, "table.md"), "a") as table: table.write(line + "\n")
+    print(line, flush=True)
 
 def build():
-    status, text = shell("build", "make GPU=1 -j\"$(nproc)\" all data/stories.txt $(make GPU=1 -s print-gpu-tests)", 360)
+    # The program's own tests need the CPU's reference build and three tests of its own beside the GPU's.
+    status, text = shell("build", "make GPU=1 -j\"$(nproc)\" all data/stories.txt build/stories build/ref/train_llama "
+                                  "$(make GPU=1 -s print-gpu-tests) $(make GPU=1 -s print-host-tests)", 480)
     row("build", f"{time.time() - begin:.0f} s", verdict(status))
 
 def tests():
-    status, text = shell("tests", "make GPU=1 test", 420)
+    status, text = shell("tests", "test/run --only $(make GPU=1 -s print-gpu-tests | tr ' ' '\\n' | grep /test_)", 240)
     found = re.findall(r"^\d+ passed, \d+ failed$", text, re.M)
-    row("make test", found[-1] if found else "", verdict(status, found))
+    row("kernels, layers, the model", found[-1] if found else "", verdict(status, found))
 
-def sanitize():
-    for tool in "memcheck", "racecheck":
-        for test in "test_quantise", "test_kernels", "test_matmul":
-            status, text = shell("sanitize", f"compute-sanitizer --tool {tool} --error-exitcode 9 {folder}/{test}", 100)
+def checks():
+    """The program as its users meet it, in as many processes as there are files and halves of the longest; and the sanitizers."""
+    with open("test/test_cli.py") as f: groups = re.search(r"^GROUPS = \((.*?)\)", f.read(), re.M | re.S)[1].replace(",", " ").split()
+    program = f"{folder}/train_llama build/ref/train_llama"
+    jobs = {f"test_cli.py {n + 1} of 4": f"python3 test/test_cli.py {program} {' '.join(groups[n::4])}" for n in range(4)}
+    jobs |= {f"{name}.py": f"python3 test/{name}.py {program}" for name in ("test_recipes", "test_metis", "test_compare")}
+    # A test starts itself again to set OpenMP's variables, unless they are set; racecheck knows nothing of the barriers in cuBLASLt's kernels.
+    for tool, names in {"memcheck": ("test_quantise", "test_kernels", "test_matmul"), "racecheck": ("test_quantise", "test_kernels", "ladder_attention")}.items():
+        jobs |= {f"{tool} {name}": f"OMP_WAIT_POLICY=passive compute-sanitizer --target-processes all --tool {tool} --error-exitcode 9 {folder}/{name} --checks"
+                 for name in names}
+    def run(name): return name, *shell(re.sub(r"\W+", "-", name), jobs[name], left())
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(run, name) for name in jobs]):
+            name, status, text = done.result()
+            ok, bad = len(re.findall("^ok ", text, re.M)), len(re.findall("^FAIL ", text, re.M))
             found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", text)
-            row(f"{tool} {test}", found[-1] if found else "no summary", verdict(status, found))
+            if "check " in name: row(name, found[-1] if found else "no summary", verdict(status, found))
+            else: row(name, f"{ok} passed, {bad} failed", verdict(status, ok and not bad and re.search("^done$", text, re.M)))
 
 def kernels():
-    status, text = shell("kernels", f"{folder}/bench_kernels", 240)
+    status, text = shell("kernels", f"{folder}/bench_kernels", 120)
     row("row kernels, quantisers, FP4 GEMMs", "kernels.log", verdict(status, "GB/s" in text))
     for ladder in "ladder_quantise", "ladder_attention":
         status, text = shell("kernels", f"{folder}/{ladder}", 60)
@@ -127,7 +153,7 @@ def profile():
         row("profile", recipe, found[0] if found else "", verdict(status, found))
 
 def train():
-    seconds = left() / 4
+    seconds = left() / 6                                                       # half of what is left is for checks
     for recipe in "bf16", "nvfp4-sr", "metis":
         status, text = shell("train", f"{folder}/train_llama --data {o.data} --model 125m --recipe {recipe} --steps 400 --eval-every 100 --sample-tokens 0 "
                                       "--shadow-every 100", seconds)
@@ -136,9 +162,11 @@ def train():
         row("125m, 400 steps", recipe, f"val loss {losses[-1][1]} after {losses[-1][0]} steps" if losses else "",
             f"gradient error {shadows[-1]}" if shadows else "", verdict(status, losses and shadows))
 
-lines += ["| what | result |" + " |" * 4, "|" + "---|" * 6]
 folder = subprocess.run(["make", "GPU=1", "-s", "print-dir"], capture_output=True, text=True).stdout.strip()
-for part in build, tests, sanitize, kernels, steps, graphs, profile, train:
+table = os.path.join(o.out, "table.md")
+if o.only == PARTS and os.path.exists(table): os.remove(table)
+if not os.path.exists(table): add("| what | result |" + " |" * 4), add("|" + "---|" * 6)
+for part in build, tests, kernels, steps, graphs, profile, train, checks:
     if part.__name__ not in wanted: continue
     if left() < 30 or part is not build and "build" in wanted and not built: row(part.__name__, verdict(None))
     else: part()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the spectral split leaves of X, W and D of one trained layer: a table, and the figure in README.md.
 
-    make build/cpu/spectrum
+    make GPU=0 build/cpu/spectrum
     ./train_llama --recipe metis --model 15m --steps 200 --data train.txt --val held_out.txt --out run1
     python3 dev/spectrum.py build/cpu/spectrum run1/step_00000200 --data held_out.txt [--block 2] [-o split.png]
 

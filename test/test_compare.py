@@ -3,7 +3,7 @@
 
     test/test_compare.py PROGRAM REFERENCE        `ok NAME` or `FAIL NAME: why` a line, `done` at the end; status 1 on a FAIL
 
-dev/spectrum.py, too, where its program was built (make build/cpu/spectrum).
+dev/spectrum.py, too, where its program was built (make GPU=0 build/cpu/spectrum).
 Every number of a table is computed again here from log.jsonl, by formulas written out for the two seeds at hand, and must be what is
 printed to its last digit. Nothing depends on matplotlib: a stand-in that cannot be imported hides it, except where a figure is asked
 for and it is there. Helpers and the model are test_cli.py's.
