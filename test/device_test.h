@@ -89,18 +89,31 @@ inline Ctx& context(int threads) {
 
 // What float additions of an FP8 GEMM err by: on Hopper a tensor core keeps 13 bits below the largest of 32 products and the sum so far
 // (DeepSeek-V3, arXiv 2412.19437, 3.5.2), hence by 33 * 2^-13 of the sum of magnitudes at the worst. The emulated device adds in double.
+inline double native_error(Type t) {
 #ifdef METIS_EMULATED
-constexpr double native_u = 0;
+    const double loses = 0;
 #else
-constexpr double native_u = 33 * 0x1p-13;
+    const double loses = 33 * 0x1p-13;
 #endif
+    return is_narrow(t) && t != Type::nvfp4 ? loses : 0;
+}
 
+// The compute capabilities to ask with_plans() for: these, on the emulated device; on a GPU its own.
+inline std::vector<std::string> targets(std::vector<std::string> emulated) {
+#if defined(__CUDACC__) && !defined(METIS_EMULATED)
+    int major = 0, minor = 0;
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+    return {std::to_string(10 * major + minor)};
+#endif
+    return emulated;
+}
 // body() where cuBLASLt offers what a GPU of this compute capability does (emulated device), or what this GPU does; native: METIS_NATIVE. On the CPU
 // there is no such choice.
-template <class F> void with_plans(Run& r, const char* sm, bool native, F body) {
+template <class F> void with_plans(Run& r, const std::string& sm, bool native, F body) {
     if (!on_gpu) return (void)body();
     std::shared_ptr<MatmulPlans> kept = r.ctx.plans;
-    setenv("EMULATED_SM", sm, 1), setenv("METIS_NATIVE", native ? "1" : "0", 1);
+    setenv("EMULATED_SM", sm.c_str(), 1), setenv("METIS_NATIVE", native ? "1" : "0", 1);
     static std::shared_ptr<MatmulPlans> plans[2];                             // kept: each has a workspace
     if (!plans[native]) plans[native] = std::make_shared<MatmulPlans>(r.ctx);
     r.ctx.plans = plans[native], r.ctx.plans->cache.clear();

@@ -161,7 +161,7 @@ template <class T> struct Layer {
 // of f32 alone are rounded (u); each goes through at most K additions, the scales' product, the scaling, the addition to start.
 static void compare_product(Run& r, const std::vector<double>& got, const double* start, double store_u, int64_t I, int64_t J, int64_t K,
                             const slow::Matrix& p, int64_t pi, int64_t pk, const slow::Matrix& q, int64_t qj, int64_t qk, const char* what, bool native = false) {
-    double step = (K + 5) * product_u(operand_type(p.cell.format)) + (native && is_tensorwise(narrow_type(p.cell)) ? native_u : 0), alpha = (double)p.S_dec * q.S_dec;
+    double step = (K + 5) * product_u(operand_type(p.cell.format)) + (native ? native_error(narrow_type(p.cell)) : 0), alpha = (double)p.S_dec * q.S_dec;
     for (int64_t i = 0; i < I; i++)
         for (int64_t j = 0; j < J; j++) {
             double s = 0, size = 0;
@@ -242,7 +242,7 @@ static void test_native(Run& r) {
     // Which GEMMs are native: all; all, scales of several tiles; rows = 48 cannot be contracted in FP4; 33 rows none; in = 80 not in fprop; none
     const struct { int64_t rows, in, out; } shapes[] = {{32, 64, 96}, {160, 96, 288}, {48, 64, 96}, {33, 64, 96}, {64, 80, 96}, {64, 60, 40}};
     int seen = 0;
-    for (const char* sm : {"90", "100"})
+    for (const std::string& sm : targets({"90", "100"}))
         for (const Recipe& recipe : all)
             for (auto [rows, in, out] : shapes)
                 for (bool native : {true, false})
@@ -257,7 +257,7 @@ static void test_native(Run& r) {
                         int64_t l = multiple(rows, recipe.cell[wgrad_d].hadamard), of[3][3] = {{l, out, in}, {l, in, out}, {out, in, l}};     // as Layer has them
                         for (int g = 0; g < 3; g++) {
                             Type a = narrow_type(recipe.cell[2 * g]), b = narrow_type(recipe.cell[2 * g + 1]);
-                            bool pair = is_tensorwise(a) ? is_tensorwise(b) && (a == Type::fp8 || b == Type::fp8) : is_narrow(a) && a == b && (atoi(sm) >= 100) == (a != Type::fp8_row);
+                            bool pair = is_tensorwise(a) ? is_tensorwise(b) && (a == Type::fp8 || b == Type::fp8) : is_narrow(a) && a == b && (std::stoi(sm) >= 100) == (a != Type::fp8_row);
                             want += native && pair && of[g][0] % 16 == 0 && of[g][1] % 16 == 0 && of[g][2] % (is_tensorwise(a) || a == Type::fp8_row ? 16 : 32) == 0;
                         }
                         // FP8's fprop may have two types of output, each a plan
@@ -462,7 +462,7 @@ int main(int argc, char** argv) {
 #ifdef __CUDACC__
     test("linear layer, native FP8 and FP4", test_native);
     test("NaN and infinity reach the outputs of native GEMMs", [](Run& r) {
-        for (const char* sm : {"90", "100"}) with_plans(r, sm, true, [&] { test_not_finite(r); });
+        for (const std::string& sm : targets({"90", "100"})) with_plans(r, sm, true, [&] { test_not_finite(r); });
     });
 #endif
     test("NaN and infinity reach the outputs", [](Run& r) { with_plans(r, "90", false, [&] { test_not_finite(r); }); });

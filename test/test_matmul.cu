@@ -135,7 +135,12 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
     emulated.host = native.host, emulated.send();
     std::vector<double> before = native.values();
     MatmulKey key = matmul_key(a.narrow, b.narrow.transposed(), m, n, k, n, type_of<C>(), beta);
-    if (!r.ctx.plans->has(key)) return r.verdict.note(false, "no kernel");
+    if (!r.ctx.plans->has(key)) {                     // a layer falls back; on the emulated device every shape of this test is to be found
+#ifdef METIS_EMULATED
+        r.verdict.note(false, "no kernel");
+#endif
+        return;
+    }
     matmul(r.ctx, "test", native.p, n, a.narrow, b.narrow.transposed(), m, n, k, beta);
     matmul(r.ctx, "test", emulated.p, n, a.wide, b.wide.transposed(), m, n, k, beta);
     native.fetch(), emulated.fetch();
@@ -148,7 +153,7 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
         s *= alpha, size *= alpha;
         if (beta) s += before[i], size += std::fabs(before[i]);
         double tol = (k + 5) * 8 * u * size + (sizeof(C) == 2 ? act_u : u) * std::fabs(s);
-        r.verdict.close(native[i], s, tol + (is_tensorwise(a.narrow.type) ? native_u * size : 0), "native C", i);
+        r.verdict.close(native[i], s, tol + native_error(a.narrow.type) * size, "native C", i);
         r.verdict.close(emulated[i], s, tol, "emulated C", i);
     }
 }
@@ -159,16 +164,16 @@ static void test_native(Run& r) {
     const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}, {mx4_8, mx4_8}, {mx4_8g, mx4_8}, {nvf_8, nvf_8g}, {fp8, mx4_8}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}, {f8r, f8r}};
     const Shape shapes[] = {{16, 16, 32}, {48, 80, 96}, {144, 272, 160}, {272, 16, 256}};      // tiles of 128 x 4 scales: parts of one, several
     int served = 0;
-    for (const char* sm : {"90", "100", "120"}) {
+    for (const std::string& sm : targets({"90", "100", "120"})) {
         with_plans(r, sm, true, [&] {
             MatmulPlans& plans = *r.ctx.plans;
-            r.at("sm_%s", sm);
+            r.at("sm_%s", sm.c_str());
             for (const Pairs& pairs : {tensorwise, blocks})
                 for (auto [p, q] : pairs) {
                     bool offered = plans.serves(narrow_type(p), narrow_type(q));
                     served += offered;
 #ifdef METIS_EMULATED
-                    r.verdict.note(offered == (has_row_scales(p) ? atoi(sm) == 90 : !has_scale_bytes(p) || atoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
+                    r.verdict.note(offered == (has_row_scales(p) ? std::stoi(sm) == 90 : !has_scale_bytes(p) || std::stoi(sm) >= 100), "%s x %s is %soffered", cell_text(p).c_str(), cell_text(q).c_str(), offered ? "" : "not ");
 #endif
                     if (!offered) continue;
                     for (auto [m, n, k] : shapes)
@@ -178,7 +183,7 @@ static void test_native(Run& r) {
                             test_native_product<act_t>(r, p, q, a, b, m, n, k, i == 1);
                         }
                 }
-            r.at("sm_%s, what is not offered", sm);
+            r.at("sm_%s, what is not offered", sm.c_str());
             auto refused = [&](Mat a, Mat b, int64_t m, int64_t n, int64_t k) { r.verdict.note(!plans.has(matmul_key(a, b, m, n, k, n, Type::f32, false)), "a %ldx%ldx%ld product is offered", (long)m, (long)n, (long)k); };
             auto sides = [&](Type t, int64_t k) { return Mat{nullptr, t, k}; };
             r.verdict.note(!plans.serves(Type::fp8_e5m2, Type::fp8_e5m2) && !plans.serves(Type::f32, Type::f32) && !plans.serves(Type::nvfp4, Type::fp8) &&
@@ -187,13 +192,11 @@ static void test_native(Run& r) {
                 refused(sides(t, 64), sides(t, 64).transposed(), 40, 64, 64), refused(sides(t, 64), sides(t, 64).transposed(), 64, 40, 64);
                 refused(sides(t, 72), sides(t, 72).transposed(), 64, 64, 72);
                 if (t != Type::fp8 && t != Type::fp8_row) refused(sides(t, 48), sides(t, 48).transposed(), 64, 64, 48);
-                if (t == Type::nvfp4 || !strcmp(sm, "90")) refused(sides(t, 64), sides(t, 64), 64, 64, 64), refused(sides(t, 64).transposed(), sides(t, 64).transposed(), 64, 64, 64);
+                if (t != Type::nvfp4 && sm != "90") continue;             // "TN" is all that FP4 has, and on sm_90 all that FP8 has
+                refused(sides(t, 64), sides(t, 64), 64, 64, 64), refused(sides(t, 64).transposed(), sides(t, 64).transposed(), 64, 64, 64);
             }
         });
         with_plans(r, sm, false, [&] { r.verdict.note(!r.ctx.plans->serves(Type::fp8, Type::fp8) && !r.ctx.plans->serves(Type::nvfp4, Type::nvfp4), "METIS_NATIVE=0 is not obeyed"); });
-#ifndef METIS_EMULATED
-        break;                                                                // one GPU is one GPU
-#endif
     }
     if (!served) printf("left out: native FP8 and FP4 GEMMs, which this GPU has not\n");
 }
