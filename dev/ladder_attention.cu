@@ -47,6 +47,52 @@ template <int D> __device__ void load_and_wait(bf16* tile, const bf16* from, int
     }
 }
 
+// Rungs 2 and 3 have a warp's 16 rows of scores in C fragments (ptx.cuh): element [n][e] is of row g + 8 (e / 2), column 8 n + 2 t + e % 2.
+// Keys behind a query are not seen. key: this lane's first column's; query: its first row's.
+template <int N> __device__ void hide(float (&p)[N][4], int key, int query) {
+    #pragma unroll
+    for (int i = 0; i < 4 * N; i++)
+        if (key + i / 4 * 8 + i % 2 > query + i % 4 / 2 * 8) p[i / 4][i % 4] = -INFINITY;
+}
+// P = 2^(c (S - m)), powers of 2 being what the hardware has; m and l, a row's running maximum and this lane's part of its sum, take
+// the tile in; fade is what all sums so far lose to the new maximum.
+template <int N> __device__ void soften(float (&p)[N][4], float (&m)[2], float (&l)[2], float (&fade)[2], float c) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float top = m[half], sum = 0;
+        #pragma unroll
+        for (int n = 0; n < N; n++) top = fmaxf(top, fmaxf(p[n][2 * half], p[n][2 * half + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));                 // the row's other columns are in the quad's other lanes
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        fade[half] = exp2_fast((m[half] - top) * c);
+        #pragma unroll
+        for (int n = 0; n < N; n++)
+            #pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; e++) sum += p[n][e] = exp2_fast(fmaf(p[n][e], c, -top * c));
+        m[half] = top, l[half] = l[half] * fade[half] + sum;
+    }
+}
+template <int N> __device__ void dim(float (&o)[N][4], const float (&fade)[2]) {
+    #pragma unroll
+    for (int i = 0; i < 4 * N; i++) o[i / 4][i % 4] *= fade[i % 4 / 2];
+}
+// O = o / l and lse of rows `at`, at + H, ... of out, `valid` of them, by way of 16 rows of shared memory that are the warp's own.
+template <int D> __device__ void finish(bf16* out, bf16* low, float* lse, const float (&o)[D / 8][4], const float (&m)[2], const float (&l)[2],
+                                       bf16* own, int64_t at, int valid, int H, float scale) {
+    int lane = threadIdx.x % 32, g = lane / 4;
+    float inverse[2];
+    for (int half = 0; half < 2; half++) {
+        float sum = l[half] + __shfl_xor_sync(0xffffffffu, l[half], 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        inverse[half] = 1 / sum;
+        int row = 8 * half + g;
+        if (lane % 4 == 0 && row < valid) lse[at + (int64_t)row * H] = fmaf(m[half], scale, log_(sum));
+    }
+    auto value = [&](int n, int e) { return o[n][e] * inverse[e / 2]; };
+    flash_store<D>(out + at * D, (int64_t)H * D, valid, own, value);
+    flash_store<D>(low + at * D, (int64_t)H * D, valid, own, [&](int n, int e) { return value(n, e) - as_act(value(n, e)); });
+}
+
 // Rungs 2 and 3, mma: 64 queries a block, 16 a warp, in tiles of 64 keys. One instruction of a warp, m16n8k16, does 2048 multiply-adds,
 // and a fragment of four registers a lane is all that shared memory must give for two of them. Scores come out in the very layout in
 // which the second product wants its left operand (ptx.cuh), so P goes from one to the other in registers, rounded to bf16.
@@ -77,50 +123,21 @@ template <int D, bool asynchronous> __global__ void __launch_bounds__(flash_lane
     for (int k = 0; k < D / 16; k++) flash_rows<D>(q[k], Q, 16 * warp, k);
 
     float o[D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};           // rows g and g + 8 of the warp's 16
-    const float c = scale * log2_e;                                             // powers of 2 are what the hardware has
     for (int j = 0; j <= block; j++) {
         fetch(V, values, 64 * j);
         float p[8][4];
         flash_product<D>(p, q, K);
         arrive();                                                               // V is here, and nobody reads K any more
         if (j < block) fetch(K, keys, 64 * (j + 1));
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float top = m[half], sum = 0;
-            #pragma unroll
-            for (int n = 0; n < 8; n++)
-                #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    if (64 * j + 8 * n + 2 * t + e % 2 > first + 8 * half + g) p[n][e] = -INFINITY;
-                    top = fmaxf(top, p[n][e]);
-                }
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));             // the row's other columns are in the quad's other lanes
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            float fade = exp2_fast((m[half] - top) * c);                        // what all sums so far lose to the new maximum
-            #pragma unroll
-            for (int n = 0; n < 8; n++)
-                #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) sum += p[n][e] = exp2_fast(fmaf(p[n][e], c, -top * c));
-            m[half] = top, l[half] = l[half] * fade + sum;
-            #pragma unroll
-            for (int n = 0; n < D / 8; n++) o[n][2 * half] *= fade, o[n][2 * half + 1] *= fade;
-        }
+        hide<8>(p, 64 * j + 2 * t, first + g);
+        float fade[2];
+        soften<8>(p, m, l, fade, scale * log2_e);
+        dim(o, fade);
         flash_accumulate<D>(o, p, V);
         arrive();                                                               // the next K is here, and nobody reads V any more
     }
-    float inverse[2];
-    for (int half = 0; half < 2; half++) {
-        float sum = l[half] + __shfl_xor_sync(0xffffffffu, l[half], 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        inverse[half] = 1 / sum;
-        int query = first + 8 * half + g;
-        if (t == 0 && query < s.T) lse[((int64_t)b * s.T + query) * s.H + h] = fmaf(m[half], scale, log_(sum));
-    }
-    int64_t at = (((int64_t)b * s.T + first) * s.H + h) * D;
     bf16* own = Q + 16 * warp * D;                                              // this warp alone read these rows
-    auto value = [&](int n, int e) { return o[n][e] * inverse[e / 2]; };
-    flash_store<D>(out + at, (int64_t)s.H * D, s.T - first, own, value);
-    flash_store<D>(low + at, (int64_t)s.H * D, s.T - first, own, [&](int n, int e) { return value(n, e) - as_act(value(n, e)); });
+    finish<D>(out, low, lse, o, m, l, own, ((int64_t)b * s.T + first) * s.H + h, s.T - first, s.H, scale);
 }
 template <bool asynchronous> void mma(Ctx& ctx, const Problem& p) {
     int64_t blocks = (int64_t)(p.s.T + 63) / 64 * p.s.B * p.s.H;
