@@ -5,8 +5,8 @@
 // It proves what needs no GPU to be known: indices, fragment layouts, swizzles, barriers, copies that were not waited for. It says
 // nothing of speed. Every lane of a block is a fiber; lanes run one after another until each waits at a barrier or a warp-wide
 // instruction, or has ended; then whoever is complete goes on. The order of the lanes, whether warps go in step or run ahead, and whether an
-// asynchronous copy happens at once or as late as it may, change from launch to launch: a race shows as a run whose bits differ. A barrier that
-// some lanes never reach ends the program with a line that says who waits where. Shared memory is this thread's and is never cleared.
+// asynchronous copy or product happens at once or as late as it may, change from launch to launch: a race shows as a run whose bits differ. A
+// barrier that some lanes never reach ends the program with a line that says who waits where. Shared memory is this thread's and is never cleared.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -74,6 +74,7 @@ struct Warp {
     struct Copy { void* to; const void* from; size_t bytes; int group; };
     std::vector<Copy> copies[32];               // asynchronous ones that have not happened yet
     int groups[32];
+    unsigned unfenced;                          // lanes that waited for copies and called no fence_async() since
     std::unique_ptr<char[]> memory[32];
 };
 
@@ -86,6 +87,8 @@ struct Block {
     void (*run)(const void*);
     const void* arguments;
     bool late;                                  // asynchronous copies happen when they are waited for, not before
+    unsigned late_products;                     // a bit for each group of a warpgroup's products, in turn: the same of them
+    uint64_t number;                            // of the blocks that this thread has run
 };
 inline thread_local Block block;
 constexpr size_t stack_bytes = 256 << 10;
@@ -184,9 +187,10 @@ inline bool meet(Warp& w) {
 // device they are anywhere between. `backwards`: the last one first.
 inline void run_block(unsigned count, unsigned span, bool backwards) {
     unsigned spans = (count + span - 1) / span, warps = (count + 31) / 32;
+    block.number++;
     for (unsigned i = 0; i < warps; i++) {
         Warp& w = block.warps[i];
-        w.lanes = w.ready = w.fresh = count - 32 * i < 32 ? (1u << (count - 32 * i)) - 1 : ~0u, w.at_warp = w.at_block = 0;
+        w.lanes = w.ready = w.fresh = count - 32 * i < 32 ? (1u << (count - 32 * i)) - 1 : ~0u, w.at_warp = w.at_block = w.unfenced = 0;
         for (int j = 0; j < 32 && block.late; j++) w.groups[j] = 0, w.copies[j].clear();
     }
     for (;;) {
@@ -241,7 +245,7 @@ template <class... P> void launch(void (*kernel)(P...), dim3 grid, dim3 size, st
     #pragma omp parallel num_threads((int)min<int64_t>(blocks, omp_get_num_procs()))
     {
         make_lanes(size.x, span, order);
-        blockDim = size, gridDim = grid, block.late = order / 12 % 2, block.arguments = &call;
+        blockDim = size, gridDim = grid, block.late = order / 12 % 2, block.late_products = order * 0x9E3779B1u, block.arguments = &call;
         block.run = [](const void* p) {
             const Call& c = *(const Call*)p;
             std::apply(c.kernel, *c.arguments);

@@ -63,5 +63,6 @@ template <int pending> void copy_wait() {
         if (c.group < group) memcpy(c.to, c.from, c.bytes);
         else copies[rest++] = c;
     copies.resize(rest);
+    emulated::warp().unfenced |= 1u << emulated::lane();
 }
 inline float exp2_fast(float x) { return exp2f(x); }
