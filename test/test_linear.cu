@@ -398,7 +398,7 @@ static void test_bad_cells() {
         {"metis", "split.refresh=1.5", "--set split.refresh=1.5", "want a whole number between"},
         {"metis", "split.k=17", "--set split.k=17", "want a multiple of 16"},
         {"metis", "split.warm=", "--set split.warm=", "want a whole number between"},
-        {"metis", "split.depth=3", "there is no split.depth", "there are rank, sample, refresh"},
+        {"metis", "split.depth=3", "there is no split.depth", "there are rank, k, sample, refresh"},
         {"float", "dgrad_w.format=bf16", "dgrad_d of recipe float", "f32 and e2m1 meet only f32 and e2m1"},
     };
     int failed = 0;
