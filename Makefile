@@ -144,7 +144,7 @@ CHECKS  = train_llama.float $(DEVICE_TESTS) $(TOOLS)
 gpu-compile: build/compile/train_llama.o $(patsubst %,build/compile/check/%.o,$(CHECKS))
 	@echo "compiled for: $(patsubst %,sm_%,$(TARGETS))"
 COMPILE_ONLY = $(NVCC) $(patsubst -O3,-O0,$(NVCCFLAGS)) -MMD -MP -MF $@.d -c $< -o $@
-FAST_COMPILE := $(shell $(NVCC) --help 2>/dev/null | grep -q Ofast-compile && echo -Ofc=mid)
+FAST_COMPILE = $(shell $(NVCC) --help 2>/dev/null | grep -q Ofast-compile && echo -Ofc=mid)
 COMPILE_CHECK = $(COMPILE_ONLY) -gencode arch=compute_90a,code=sm_90a $(FAST_COMPILE)
 build/compile/check/ladder_attention.o: private FAST_COMPILE =             # its warpgroup products want the real compiler
 build/compile/train_llama.o: train_llama.cu

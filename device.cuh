@@ -494,11 +494,19 @@ template <int W> struct Group {
         for (int i = lane(); i < height << shift; i += W)
             if ((i & ((1 << shift) - 1)) < width) f(i >> shift, i & ((1 << shift) - 1));
     }
-    template <class V, class Op> __device__ void fold16(int n, V value, Op op, float* to) const {
-        for (int i = lane(); i < n; i += W) to[i] = tree16([&](int j) { return value(i, j); }, op);
-    }
-    template <class V, class Op> __device__ void fold_rows16(int n, V value, Op op, float* to) const {
-        for (int c = lane(); c < n; c += W) to[c] = tree16([&](int j) { return value(j, c); }, op);
+    // Of 16 neighbours in shared memory a lane's are in the banks of the lane's two further on: where op does not care for the order, lanes
+    // begin at different ones.
+    template <bool any_order = false, class V, class Op> __device__ void fold16(int n, V value, Op op, float* to) const {
+        for (int i = lane(); i < n; i += W) {
+            if (!any_order) {
+                to[i] = tree16([&](int j) { return value(i, j); }, op);
+                continue;
+            }
+            float all = value(i, i / 2 % 16);
+            #pragma unroll
+            for (int j = 1; j < 16; j++) all = op(all, value(i, (i / 2 + j) % 16));
+            to[i] = all;
+        }
     }
     // The sum of f(i) in double, in a fixed order.
     template <class F> __device__ double sum_double(int n, F f) const {
@@ -595,7 +603,7 @@ template <int W> struct Group {
             for (int c = 0; c < width; c++) f(r, c);
         }
     }
-    template <class V, class Op> FLAT void fold16(int n, V value, Op op, float* to) const {
+    template <bool any_order = false, class V, class Op> FLAT void fold16(int n, V value, Op op, float* to) const {
         // n a multiple of 16, in two passes: what one stores as halves of vectors is long in the cache when the other loads whole ones.
         float a[64 * 8];
         for (int first = 0; first < n; first += 64) {

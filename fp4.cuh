@@ -242,6 +242,7 @@ HD int width_at(const TileShape& t, int64_t c0) { return (int)(t.cols - c0 < t.C
 // f(k, unit) for every element k of the tile; ahead(k, n) on the way, for every run of n elements from k on.
 template <class G, class F, class A = Nothing> HD void elements(G g, const TileShape& t, F f, A ahead = {}) {
     if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); }, [&](int i) { ahead(16 * i, 16); });
+    else if constexpr (G::lanes > 1) g.tile(t.R, t.C, t.shift, [&](int r, int c) { f((r << t.shift) + c, (r / 16 << t.shift) + c); });   // no lane idle, as a row may leave
     else
         for (int r = 0; r < t.R; r++) {
             ahead(r << t.shift, t.C);
@@ -249,9 +250,13 @@ template <class G, class F, class A = Nothing> HD void elements(G g, const TileS
             g.each(t.C, [&](int c) { f(row + c, units + c); });
         }
 }
-// to[unit] = the 16 values of the unit under op, in a fixed order.
-template <class G, class V, class Op> HD void units(G g, const TileShape& t, float* to, V value, Op op) {
-    if (t.along_row) g.fold16(tile_units, [&](int i, int j) { return value(16 * i + j, i); }, op, to);
+// to[unit] = the 16 values of the unit under op, in a fixed order; any_order: op does not care, as a maximum.
+template <bool any_order = false, class G, class V, class Op> HD void units(G g, const TileShape& t, float* to, V value, Op op) {
+    if (t.along_row) g.template fold16<any_order>(tile_units, [&](int i, int j) { return value(16 * i + j, i); }, op, to);
+    else if constexpr (G::lanes > 1) g.tile(t.R / 16, t.C, t.shift, [&](int b, int c) {
+        int first = (b * 16 << t.shift) + c, u = (b << t.shift) + c, C = t.C;
+        to[u] = tree16([&](int j) { return value(first + j * C, u); }, op);
+    });
     else
         for (int b = 0; b < t.R / 16; b++) {
             int first = b * 16 << t.shift, u = b << t.shift, C = t.C;
@@ -634,7 +639,7 @@ template <class G, class To> HD void scale_units(G g, const QuantJob<To>& job, Q
     const float S_enc = job.S_enc(), S_dec = job.S_dec(), *row_scale = job.row_scale;
     if (blocks) {
         auto greater = [](float a, float b) { return a > b ? a : b; };
-        units(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, greater);
+        units<true>(g, t, s.amax, [&](int k, int) { return magnitude_or_infinity(s.v[k]); }, greater);
         combine(g, t, s.amax, s.group, job.square(), job.wide(), greater);
     }
     if (row_scale) g.each(tile_units, [&](int u) {
