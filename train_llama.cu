@@ -250,12 +250,6 @@ struct Run {
     int64_t tokens_per_step() const { return (int64_t)o.batch * o.seq * o.accum; }
 };
 
-static const Preset* find_preset(const std::string& name) {
-    for (const Preset& p : presets)
-        if (name == p.name) return &p;
-    return nullptr;
-}
-
 static bool is_directory(const std::string& path) {
     struct stat st;
     return stat(path.c_str(), &st) == 0 && S_ISDIR(st.st_mode);
