@@ -5,10 +5,19 @@
 //                   x += down(silu(gate) * up),  gate, up = gate_up(rmsnorm(x))
 //     loss = cross_entropy(head(rmsnorm(x)), target), in nats, mean over tokens
 //
+// Read forward(), block_forward(), classify() and block_backward() first, at the end of the file: they are lists of calls. Before them
+// come what they call: the kernels of the layers, then the model's memory.
+//
 // Shapes: N = B*T tokens, C = dim, H query heads, KV key/value heads, D = head size, F = ffn, V = vocabulary, L = layers.
 // Weights are (out x in) row-major, as Hugging Face has them. Fused: qkv rows are [q | k | v], gate_up rows [gate | up]; a fused
 // weight is one operand of one GEMM, and checkpoints store its row ranges under their own names.
+// Types: act_t (activations and their gradients: bf16 on a GPU, float on a CPU), acc_t (weights, parameter gradients, sums: float).
 // Conventions: activations and their gradients are overwritten (=), parameter gradients are added to (+=).
+//
+// The same bits from any number of threads, with and without recomputation: every sum has one owner and a fixed order, every random
+// number is named by what it is for. So no kernel here adds atomically, and where many rows add to one vector (norm weights, the
+// embedding) the rows are cut into chunks whose size does not depend on the machine.
+//
 // Sources: LLaMA-3 (arXiv 2407.21783), RMSNorm (1910.07467), RoPE (2104.09864), SwiGLU (2002.05202), GQA (2305.13245).
 // Tested by test/test_model.cu (finite differences in double) and test/test_golden.cu (PyTorch's numbers).
 #pragma once
@@ -23,14 +32,21 @@ inline void check_config(const Config& c) { check_config(c, attention_max_d); }
 // ---------------------------------------------------------------------------------------------------------------------------
 // The tensor table: drives initialisation, the optimiser, checkpoints and tests.
 
+// An arena is one allocation that holds a table's tensors one behind the other; params, grads, m and v have the same offsets.
+// Every tensor starts on 64 elements (256 bytes of floats); the padding between tensors stays zero, so that sums over a whole arena
+// (the gradient's norm) are sums over its tensors.
+inline size_t padded(size_t elements) { return (elements + 63) / 64 * 64; }
+
+// The model's parameters. Initialisation: N(0, 0.02), norm weights 1. Projections into the residual stream (o, down) start smaller by
+// sqrt(2 L): 2 L of them are added up there, and their variances add (GPT-2, section 2.3).
 inline std::vector<Tensor> tensor_table(const Config& c) {
     std::vector<Tensor> table;
     size_t offset = 0;
     auto add = [&](std::string name, int64_t rows, int64_t cols, int dims, bool quantised, float std, std::vector<TensorPart> parts) {
         table.push_back({name, rows, cols, dims, dims == 2, quantised, std, offset, std::move(parts)});
-        offset += (table.back().size() + 63) / 64 * 64;                       // every tensor starts on 256 bytes
+        offset += padded(table.back().size());
     };
-    const float std = 0.02f, residual = 0.02f / std::sqrt(2.f * c.layers);    // projections into the residual stream start smaller
+    const float std = 0.02f, residual = 0.02f / std::sqrt(2.f * c.layers);
     int64_t q = (int64_t)c.heads * c.head_dim, kv = (int64_t)c.kv_heads * c.head_dim, dim = c.dim, ffn = c.ffn;
     add("embed", c.vocab, dim, 2, false, std, {{"model.embed_tokens.weight", c.vocab}});
     for (int l = 0; l < c.layers; l++) {
@@ -48,7 +64,8 @@ inline std::vector<Tensor> tensor_table(const Config& c) {
     return table;
 }
 
-// The bases of every linear layer's X, W and D (k x in, k x in, k x out): state of the split recipes, saved beside the optimiser's.
+// The bases of every linear layer's X, W and D (k x in, k x in, k x out), in this order: state of the split recipes, which a checkpoint
+// must hold beside the optimiser's. They are refreshed every few steps only, from a sample drawn then, and each starts from the last.
 // That of a W whose factors are trained stays zero: V is its basis.
 inline std::vector<Tensor> basis_table(const std::vector<Tensor>& tensors, int k) {
     std::vector<Tensor> table;
@@ -57,13 +74,13 @@ inline std::vector<Tensor> basis_table(const std::vector<Tensor>& tensors, int k
         for (int m = 0; m < 3 && t.quantised; m++) {
             std::string name = t.name + (m == 0 ? ".basis_x" : m == 1 ? ".basis_w" : ".basis_d");
             table.push_back({name, k, m == 2 ? t.rows : t.cols, 2, false, false, 0, offset, {{name, k}}});
-            offset += (table.back().size() + 63) / 64 * 64;
+            offset += padded(table.back().size());
         }
     return table;
 }
 
-// Elements of an arena that holds the table; the padding between tensors stays zero.
-inline size_t arena_size(const std::vector<Tensor>& table) { return (table.back().offset + table.back().size() + 63) / 64 * 64; }
+// Elements of an arena that holds the table.
+inline size_t arena_size(const std::vector<Tensor>& table) { return padded(table.back().offset + table.back().size()); }
 
 // Parameters, and those without embedding and head.
 inline int64_t parameter_count(const std::vector<Tensor>& table, bool body_only = false) {
@@ -75,13 +92,20 @@ inline int64_t parameter_count(const std::vector<Tensor>& table, bool body_only 
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Layers. Each launcher states shapes; all matrices are row-major and contiguous unless a stride is given.
+//
+// A kernel is what a group of lanes does with row r: 32 lanes (or 8, 128, 256) of a warp or block on a GPU, one thread with SIMD loops
+// on a CPU. g.map(n, f, a, b) is a[i] = f(...) over n elements in registers of acc_t, rounded to the array's type when it is stored;
+// g.sum and g.max give every lane the result. Between a store and another lane's load of it stands g.sync().
 
 struct init_weights; struct embedding_forward; struct embedding_backward; struct residual_rmsnorm_forward;
 struct rmsnorm_backward; struct sum_chunks; struct swiglu_forward; struct swiglu_backward; struct cross_entropy;
 struct sum_rows; struct square_chunks; struct copy_chunks; struct product_chunks; struct adamw;
 
-constexpr int64_t chunk = 16384;                                              // elements of a flat array that one group works on
+// A flat array is worked on in chunks of one size on every machine: partial sums are then the same numbers everywhere.
+constexpr int64_t chunk = 16384;
 inline int64_t chunks_of(int64_t n) { return (n + chunk - 1) / chunk; }
+// Elements of chunk r: all but the last are full.
+HD int in_chunk(int64_t n, int64_t r) { return (int)(n - r * chunk < chunk ? n - r * chunk : chunk); }
 
 // N(0, std) from the stream `key`, or ones where std is 0.
 template <class T> void initialise(Ctx& ctx, T* w, int64_t n, float std, RandomKey key) {
@@ -99,6 +123,8 @@ inline void embed(Ctx& ctx, act_t* x, const acc_t* table, const int* tokens, int
 
 // Tokens gathered by value, so that the embedding's gradient has one owner per row and one order: bucket i is token[i] and the
 // positions order[start[i]] .. order[start[i+1]-1], ascending.
+//
+//     tokens  7 3 7 9 3      token  3 7 9      start  0 2 4 5      order  1 4 | 0 2 | 3
 struct TokenBuckets {
     std::vector<int> token, start, order;
     TokenBuckets(const int* tokens, int64_t N) : order(N) {
@@ -110,8 +136,10 @@ struct TokenBuckets {
     }
 };
 
-// grad[token] += the rows of dx (N x C) at that token's positions. The index arrays are on the device.
-inline void embed_backward(Ctx& ctx, acc_t* grad, const act_t* dx, const int* token, const int* start, const int* order, int64_t buckets, int64_t N, int C) {
+// grad[token] += the rows of dx (N x C) at that token's positions. The index arrays are on the device. (Rows that scatter by atomic
+// additions would be simpler, and come out differently at every run.)
+inline void embed_backward(Ctx& ctx, acc_t* grad, const act_t* dx, const int* token, const int* start, const int* order, int64_t buckets,
+                           int64_t N, int C) {
     for_rows<embedding_backward>(ctx, {N * C * (sizeof(acc_t) + sizeof(act_t) + 0.), 0}, buckets, KERNEL(Group<32> g, int64_t r) {
         for (int i = start[r]; i < start[r + 1]; i++)
             g.map(C, [](acc_t& o, acc_t v) { o += v; }, grad + (int64_t)token[r] * C, dx + (int64_t)order[i] * C);
@@ -119,15 +147,17 @@ inline void embed_backward(Ctx& ctx, acc_t* grad, const act_t* dx, const int* to
 }
 
 // x = a + b (b may be null: then x may be a itself, or null to leave a where it is); h = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps).
-// Torch: x = a + b; h = F.rms_norm(x, (C,), w, eps). Shapes: x, h, a, b (N x C); rstd (N). amax (N), here and below: max |h| of every row,
-// for the quantiser that comes next; null: not wanted.
+// Torch: x = a + b; h = F.rms_norm(x, (C,), w, eps). Shapes: x, h, a, b (N x C); rstd (N), which backward reads.
+// amax (N), here and below: max |h| of every row as stored, for the quantiser that comes next, which then need not read h once more to
+// find its tensor's largest element; null: not wanted.
 inline void residual_rmsnorm(Ctx& ctx, act_t* x, act_t* h, acc_t* rstd, const act_t* a, const act_t* b, const acc_t* w, int64_t N, int C, acc_t eps,
                              float* amax = nullptr) {
     Cost cost = {N * C * sizeof(act_t) * (b ? 4. : 2.), N * C * 5.};
     for_rows<residual_rmsnorm_forward>(ctx, cost, N, KERNEL(Group<32> g, int64_t r) {
         const act_t* row = b ? x + r * C : a + r * C;
+        // The sum is rounded to act_t before it is squared: recomputing from the stored x must see the number that was squared here.
         acc_t squares = b ? g.sum(C, [](acc_t& o, acc_t u, acc_t v) {
-            o = as_act(u + v);                                                // rounded first, so that recomputing from x gives the same
+            o = as_act(u + v);
             return o * o;
         }, out(x + r * C), a + r * C, b + r * C) : g.sum(C, [](acc_t v) { return v * v; }, row);
         g.sync();
@@ -142,7 +172,11 @@ constexpr int norm_rows = 32;                                                 //
 inline int64_t norm_chunks(int64_t N) { return (N + norm_rows - 1) / norm_rows; }
 
 // dx (N x C) += gradient through h = x * rstd * w given dh; dw (C) += sum over rows of dh * x * rstd. `partial`: norm_chunks(N) x C.
+//
 //     u = dh * w;   dx += rstd * u - x * rstd^3 * mean(u * x)
+//
+// The second term: rstd depends on every x of its row, d rstd / d x_j = -rstd^3 x_j / C. dx is added to, since x also goes past the
+// block on the residual stream, and its gradient with it. dw takes two kernels: chunks of 32 rows, then the chunks in order.
 inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const act_t* dh, const act_t* x, const acc_t* rstd, const acc_t* w, int64_t N, int C,
                          float* amax = nullptr) {
     for_rows<rmsnorm_backward, 128>(ctx, {N * C * sizeof(act_t) * 4., N * C * 10.}, norm_chunks(N), KERNEL(Group<128> g, int64_t k) {
@@ -169,8 +203,12 @@ inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const a
     });
 }
 
-// cos and sin of position * frequency, (T x D/2) each, as Hugging Face computes them: frequencies in float32, with Llama-3.1's
-// scaling ("rope_type": "llama3": long wavelengths divided by `factor`, short ones kept, a linear blend between).
+// cos and sin of position * frequency, (T x D/2) each, as Hugging Face computes them: frequencies theta^(-2i/D) in float32, with
+// Llama-3.1's scaling ("rope_type": "llama3"). By wavelength, in tokens, for factor 8, low 1, high 4, original 8192:
+//
+//     < 2048 = original / high           as it is: it turned fully within what the model was trained on
+//     2048 .. 8192                       between
+//     > 8192 = original / low            8 times as long: positions up to 8 * 8192 give angles that training has seen
 inline void rope_table(std::vector<acc_t>& cosine, std::vector<acc_t>& sine, const Config& c, int T) {
     int half_d = c.head_dim / 2;
     cosine.resize((size_t)T * half_d), sine.resize((size_t)T * half_d);
@@ -199,7 +237,8 @@ inline void swiglu(Ctx& ctx, act_t* s, const act_t* gu, int64_t N, int F, float*
     });
 }
 
-// gu (N x 2F) becomes its own gradient, given ds (N x F).
+// gu (N x 2F) becomes its own gradient, given ds (N x F): nothing reads gate and up after this, and a buffer of their size, the
+// largest activation of all, is saved. With sig = 1 / (1 + e^-a), silu(a) = a sig: dgate = ds * up * (sig + silu (1 - sig)), dup = ds * silu.
 inline void swiglu_grad(Ctx& ctx, act_t* gu, const act_t* ds, int64_t N, int F, float* amax = nullptr) {
     for_rows<swiglu_backward>(ctx, {N * F * sizeof(act_t) * 5., N * F * 12.}, N, KERNEL(Group<32> g, int64_t r) {
         g.map(F, [](acc_t& a, acc_t& b, acc_t d) {
@@ -211,7 +250,8 @@ inline void swiglu_grad(Ctx& ctx, act_t* gu, const act_t* ds, int64_t N, int F, 
     });
 }
 
-// loss (N) = logsumexp(logits) - logits[target]; with scale != 0 logits (N x V) become scale * (softmax - onehot) in place.
+// loss (N) = logsumexp(logits) - logits[target]; with scale != 0 logits (N x V) become scale * (softmax - onehot) in place: the gradient
+// of scale * loss. The largest logit is taken out of every exponent, so that none overflows.
 inline void softmax_cross_entropy(Ctx& ctx, acc_t* loss, acc_t* logits, const int* targets, int64_t N, int V, acc_t scale) {
     for_rows<cross_entropy, 256>(ctx, {N * V * sizeof(acc_t) * (scale == 0 ? 1. : 2.), N * V * 20.}, N, KERNEL(Group<256> g, int64_t r) {
         acc_t* row = logits + r * V;
@@ -228,11 +268,11 @@ inline void softmax_cross_entropy(Ctx& ctx, acc_t* loss, acc_t* logits, const in
     });
 }
 
-// out[0] += sum of x[0..n), in one fixed order.
+// out[0] += sum of x[0..n), in one fixed order: by one group, chunk after chunk. n is small: rows, or partial sums of chunks.
 inline void add_sum(Ctx& ctx, acc_t* total, const acc_t* x, int64_t n) {
     for_rows<sum_rows, 256>(ctx, {n * sizeof(acc_t) * 1., 0}, 1, KERNEL(Group<256> g, int64_t) {
         acc_t s = 0;
-        for (int64_t i = 0; i < n; i += chunk) s += g.sum((int)(n - i < chunk ? n - i : chunk), [](acc_t v) { return v; }, x + i);
+        for (int64_t r = 0; r * chunk < n; r++) s += g.sum(in_chunk(n, r), [](acc_t v) { return v; }, x + r * chunk);
         if (g.lane() == 0) total[0] += s;
     });
 }
@@ -240,7 +280,7 @@ inline void add_sum(Ctx& ctx, acc_t* total, const acc_t* x, int64_t n) {
 // partial[c] = sum of squares of chunk c of x.
 inline void sum_squares(Ctx& ctx, acc_t* partial, const acc_t* x, int64_t n) {
     for_rows<square_chunks, 256>(ctx, {n * sizeof(acc_t) * 1., 2. * n}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
-        acc_t s = g.sum((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [](acc_t v) { return v * v; }, x + r * chunk);
+        acc_t s = g.sum(in_chunk(n, r), [](acc_t v) { return v * v; }, x + r * chunk);
         if (g.lane() == 0) partial[r] = s;
     });
 }
@@ -248,7 +288,7 @@ inline void sum_squares(Ctx& ctx, acc_t* partial, const acc_t* x, int64_t n) {
 // to = from, n elements.
 inline void copy(Ctx& ctx, acc_t* to, const acc_t* from, int64_t n) {
     for_rows<copy_chunks, 256>(ctx, {2. * n * sizeof(acc_t), 0}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
-        g.map((int)(n - r * chunk < chunk ? n - r * chunk : chunk), [](acc_t& o, acc_t v) { o = v; }, out(to + r * chunk), from + r * chunk);
+        g.map(in_chunk(n, r), [](acc_t& o, acc_t v) { o = v; }, out(to + r * chunk), from + r * chunk);
     });
 }
 
@@ -256,13 +296,16 @@ inline void copy(Ctx& ctx, acc_t* to, const acc_t* from, int64_t n) {
 inline void products(Ctx& ctx, acc_t* partial, const acc_t* a, const acc_t* b, int64_t n) {
     int64_t chunks = chunks_of(n);
     for_rows<product_chunks, 256>(ctx, {2. * n * sizeof(acc_t), 6. * n}, chunks, KERNEL(Group<256> g, int64_t r) {
-        int size = (int)(n - r * chunk < chunk ? n - r * chunk : chunk);
+        int size = in_chunk(n, r);
         const acc_t *p = a + r * chunk, *q = b + r * chunk;
         acc_t aa = g.sum(size, [](acc_t v) { return v * v; }, p), bb = g.sum(size, [](acc_t v) { return v * v; }, q);
         acc_t ab = g.sum(size, [](acc_t v, acc_t u) { return v * u; }, p, q);
         if (g.lane() == 0) partial[r] = aa, partial[chunks + r] = bb, partial[2 * chunks + r] = ab;
     });
 }
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The optimiser
 
 struct AdamW {
     acc_t lr, beta1, beta2, eps, decay;        // decay is 0 for tensors that are not decayed
@@ -273,21 +316,35 @@ struct AdamW {
 // What a moment becomes when it is stored as an S, given 16 random bits.
 template <class S> HD acc_t as_moment(acc_t x, uint32_t r) { return std::is_same_v<S, bf16> ? (acc_t)stochastic_bf16((float)x, r) : x; }
 
-// What a piece of a chunk draws: an element's low 16 bits are m's, its high ones v's. Moments that are not rounded draw nothing.
+// The random words of a piece of a chunk, one an element. Moments that are not rounded draw nothing, and a piece is a whole chunk.
 template <class S> struct MomentDraws {
     static constexpr bool rounds = std::is_same_v<S, bf16>;
     static constexpr int piece = rounds ? 2048 : (int)chunk;                 // 8 KB, so that they stay near the lanes
     alignas(16) uint32_t random[rounds ? piece : 1];
 };
 
-// AdamW with decoupled decay (arXiv 1711.05101, algorithm 2), in the order of operations of torch.optim.AdamW. m and v are acc_t, or
-// bf16 rounded stochastically: to nearest, v would stand still wherever (1 - beta2) (g^2 / v - 1) is under half a bf16 step, 2^-9. The weights move
-// by what m and v are before that. `id` names the tensor in its draws: those of element i are word i / 16 % 4 of block i / 64 * 16 + i % 16.
+// AdamW with decoupled decay (arXiv 1711.05101, algorithm 2), in the order of operations of torch.optim.AdamW:
+//
+//     g = clip * grad;   m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
+//     w = w (1 - lr decay) - lr m' / (sqrt(v') + eps),   m' = m / (1 - beta1^t),  v' = v / (1 - beta2^t)
+//
+// m and v are stored as acc_t, or as bf16 rounded stochastically. To nearest, v would stand still wherever its relative change
+// (1 - beta2) (g^2 / v - 1) is under half a bf16 step, 2^-9: with beta2 = 0.95 wherever g^2 is within 4% of v. Weights move by what m
+// and v are before they are rounded.
+//
+// Draws. A Philox block is four 32-bit words; an element takes one word, its low half to round m, its high half to round v. 64
+// neighbouring elements take 16 blocks: element i the word i / 16 % 4 of block i / 64 * 16 + i % 16,
+//
+//     element    0 .. 15    16 .. 31    32 .. 47    48 .. 63    64 .. 79
+//     block      0 .. 15     0 .. 15     0 .. 15     0 .. 15    16 .. 31         so that 16 lanes that draw side by side, a block each,
+//     word             0           1           2           3           0         fill four runs of 16 neighbours
+//
+// which depends on i alone: pieces and chunks of another size would draw the same. `id`, the tensor's number, is part of the key.
 template <class S> void adamw_step(Ctx& ctx, acc_t* w, S* m, S* v, const acc_t* grad, int64_t n, AdamW o, uint32_t id) {
-    typedef MomentDraws<S> Draws;
+    typedef MomentDraws<S> Drawn;
     acc_t step = o.lr / o.correction1, root = 1 / std::sqrt(o.correction2), keep = 1 - o.lr * o.decay;
     RandomKey key = {ctx.seed, ctx.step, 0, id, 0, Purpose::moments};
-    for_tiles<adamw, Draws>(ctx, {n * (sizeof(acc_t) * 3. + sizeof(S) * 4.), n * 12.}, chunks_of(n), KERNEL(Group<256> g, int64_t r, Draws& s) {
+    for_tiles<adamw, Drawn>(ctx, {n * (sizeof(acc_t) * 3. + sizeof(S) * 4.), n * 12.}, chunks_of(n), KERNEL(Group<256> g, int64_t r, Drawn& s) {
         auto update = [=](acc_t& wi, acc_t& mi, acc_t& vi, acc_t gi, uint32_t random = 0) {
             gi *= o.clip;
             mi = o.beta1 * mi + (1 - o.beta1) * gi;
@@ -296,26 +353,36 @@ template <class S> void adamw_step(Ctx& ctx, acc_t* w, S* m, S* v, const acc_t* 
             mi = as_moment<S>(mi, random & 0xffff), vi = as_moment<S>(vi, random >> 16);
         };
         int64_t end = n < (r + 1) * chunk ? n : (r + 1) * chunk;
-        for (int64_t i = r * chunk; i < end; i += Draws::piece) {
-            int size = (int)(end - i < Draws::piece ? end - i : Draws::piece);
+        for (int64_t i = r * chunk; i < end; i += Drawn::piece) {
+            int size = (int)(end - i < Drawn::piece ? end - i : Drawn::piece);
             auto rows = [&](auto... random) { g.map(size, update, w + i, m + i, v + i, grad + i, random...); };
-            if (Draws::rounds) {
+            if (Drawn::rounds) {
                 g.sync();                                                     // the piece before has read its draws
+                // i is a multiple of 64, so i / 64 * 16 is i / 4: k counts the 64s of this piece.
                 g.draw16((size + 63) / 64, key, [=](int k) { return (uint64_t)(i / 4 + 16 * k); }, [&](int k, int lane, Words words) {
                     for (int q = 0; q < 4; q++) s.random[64 * k + 16 * q + lane] = words.w[q];
                 });
                 g.sync();
             }
-            if constexpr (Draws::rounds) rows((const uint32_t*)s.random);
+            if constexpr (Drawn::rounds) rows((const uint32_t*)s.random);
             else rows();
         }
     });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// The model: memory, then forward and backward as lists of calls.
+// The model: its parts, memory, then forward and backward as lists of calls.
 
-// What backward does not keep but computes again: nothing; the two norms and SwiGLU; everything but each layer's input.
+// What backward does not keep but computes again: nothing; the two norms and SwiGLU; everything but each layer's input. Bytes kept per
+// token and layer, in elements of act_t, for a LLaMA whose H D = C (a few floats of rstd and lse left out):
+//
+//     none    x h1 att mid h2 (C each), qkv (C + 2 KV D), gu (2F), s (F)       6 C + 2 KV D + 3 F
+//     norms   without h1, h2 and s: cheap to compute, dear to keep             4 C + 2 KV D + 2 F
+//     block   x                                                                C
+//
+// A block computed again gives the same bits: its input x was rounded to act_t before anything read it, sums have a fixed order, and a
+// random draw is named by (seed, step, micro-batch, layer, operand, element), not by how many came before. What is not a function of x
+// is left alone the second time: bases of split operands are not refreshed, and quantisation statistics are not counted (block_backward).
 enum class Recompute { none = 0, norms = 1, block = 2 };
 
 struct LayerWeights { acc_t *attn_norm, *ffn_norm; };
@@ -355,20 +422,20 @@ inline std::vector<Tensor> factor_table(const std::vector<Tensor>& tensors, cons
     size_t offset = arena_size(tensors);
     int next = 0;
     for (const Tensor& t : tensors) {
-        int linear = next;
+        int linear = next;                     // quantised tensors are the blocks' linear layers in order, four a block
         next += t.quantised;
         if (!t.quantised || !recipe_of(p, layers, linear / 4, linear % 4, Use::train, 0)->split.trained) continue;
         table.push_back({t.name + ".w_r", t.rows, t.cols, 2, true, true, 0, t.offset, {{t.name + ".w_r", t.rows}}});
         auto add = [&](const std::string& name, int64_t rows, int64_t cols, int dims) {
             table.push_back({name, rows, cols, dims, dims == 2, false, 0, offset, {{name, rows}}});
-            offset += (table.back().size() + 63) / 64 * 64;
+            offset += padded(table.back().size());
         };
         add(t.name + ".u", t.rows, k, 2), add(t.name + ".s", 1, k, 1), add(t.name + ".v", k, t.cols, 2);
     }
     return table;
 }
 
-// Activations of one layer. With recomputation several layers share a buffer.
+// Activations of one layer: what forward computes and backward reads. With recomputation several layers share a buffer.
 struct LayerActs {
     act_t* x;            // (N, C)      the layer's input, on the residual stream
     act_t* h1;           // (N, C)      rmsnorm(x): X of qkv
@@ -376,11 +443,11 @@ struct LayerActs {
     act_t* qkv;          // (N, (H+2KV) D), rotated
     act_t* att;          // (N, H D)    X of o
     act_t* att_low;      // (N, H D)    what att's rounding lost; null unless training with bf16 activations
-    acc_t* lse;          // (N, H)
+    acc_t* lse;          // (N, H)      log-sum-exp of each row of scores: backward makes the probabilities again from it
     act_t* mid;          // (N, C)      x + o(att)
     act_t* h2;           // (N, C)      rmsnorm(mid): X of gate_up
     acc_t* rstd2;        // (N)
-    act_t* gu;           // (N, 2F)     [gate | up]
+    act_t* gu;           // (N, 2F)     [gate | up]; after its backward, their gradients
     act_t* s;            // (N, F)      silu(gate) * up: X of down
 };
 
@@ -430,17 +497,20 @@ struct Model {
     MemoryPlan plan;
 };
 
+// ---------------------------------------------------------------------------------------------------------------------------
+// Memory. All of it is planned before any is allocated, from three arenas:
+//
+//     state         parameters, gradients, m, v, bases                         4 floats a parameter: 16 bytes (12 with bf16 moments)
+//     activations   what backward reads, for each layer or shared by all       grows with B T
+//     scratch       what lives within one call: operands of one GEMM, logits of some rows, the split's factors
+//
+// plan_memory() runs twice: with null bases it measures (--dry-run, and the check against free memory), with real ones it hands out the
+// same pieces. So what is reported and what is taken cannot differ, as long as no size depends on a pointer; allocate() checks it.
+
 // Rows of logits held at once: about 64 MB of them on the CPU; 1 GB on a GPU, where every chunk prepares the head's weight anew.
 inline int64_t head_chunk(int64_t N, int64_t V) { return std::min(N, std::max<int64_t>(256, ((on_gpu ? 256 : 16) << 20) / V / 256 * 256)); }
 
-// Points every buffer of the model at memory, or only measures (base pointers null). `train`: gradients, optimiser, backward's buffers.
-inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts_base, char* scratch_base) {
-    const Config& c = m.config;
-    int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
-    int64_t L = c.layers, V = c.vocab;
-    MemoryPlan plan;
-
-    Arena state{state_base};
+inline void plan_state(Model& m, bool train, Arena& state, MemoryPlan& plan) {
     m.params = state.take<acc_t>(m.arena), plan.parameters = state.used;
     m.grads = train ? state.take<acc_t>(m.arena) : nullptr;
     m.shadow = train && m.shadows ? state.take<acc_t>(m.arena) : nullptr;
@@ -448,14 +518,17 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     for (void** moment : {&m.m, &m.v}) *moment = train ? state.take<char>(m.arena * size_of(m.moments)) : nullptr;
     m.basis = m.k ? state.take<acc_t>(arena_size(m.bases)) : nullptr;
     plan.optimiser = state.used - plan.parameters - plan.gradients;
+}
 
-    Arena acts{acts_base};
+inline void plan_activations(Model& m, bool train, Arena& acts) {
+    const Config& c = m.config;
+    int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
     bool keep_norms = train && m.recompute == Recompute::none, keep_block = train && m.recompute != Recompute::block;
-    m.acts.assign(L, {});
+    m.acts.assign(c.layers, {});
     LayerActs shared = {};
     // A buffer of its own for every layer if it is kept for backward, else one that all layers take turns with.
     auto each = [&](auto LayerActs::*field, int64_t size, bool keep) {
-        for (int64_t l = 0; l < L; l++) {
+        for (int64_t l = 0; l < c.layers; l++) {
             typedef std::remove_pointer_t<std::remove_reference_t<decltype(shared.*field)>> T;
             if (keep || l == 0) shared.*field = acts.take<T>(size);
             m.acts[l].*field = shared.*field;
@@ -470,32 +543,30 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
     each(&LayerActs::mid, N * C, keep_block);
     each(&LayerActs::h2, N * C, keep_norms), each(&LayerActs::rstd2, N, keep_block);
     each(&LayerActs::gu, N * 2 * F, keep_block), each(&LayerActs::s, N * F, keep_norms);
+
+    // M B of every split matrix. fprop makes those of X and W, and wgrad and dgrad use them again; D's are made and used within one
+    // linear_backward(), so that one buffer, the first layer's, serves all layers. The table's order is X, W, D, X, W, D, ...
     m.projected.clear();
-    for (const Tensor& t : m.bases) {                                         // M B of X and W, from fprop to wgrad; of D, in turns
-        bool d = m.projected.size() % 3 == matrix_d;
-        int64_t rows = m.projected.size() % 3 == matrix_w ? (&t)[1].cols : N;      // W has as many rows as D has columns
-        m.projected.push_back(d && m.projected.size() > 3 ? m.projected[matrix_d] : acts.take<acc_t>(rows * m.k));
+    for (size_t i = 0; i < m.bases.size(); i++) {
+        bool is_d = i % 3 == matrix_d;
+        int64_t rows = i % 3 == matrix_w ? m.bases[i + 1].cols : N;              // W has as many rows as D, next in the table, has columns
+        m.projected.push_back(is_d && i > 3 ? m.projected[matrix_d] : acts.take<acc_t>(rows * m.k));
     }
     m.x_final = acts.take<act_t>(N * C), m.h_final = acts.take<act_t>(N * C), m.rstd_final = acts.take<acc_t>(N);
-    plan.activations = acts.used;
+}
 
-    Arena scratch{scratch_base};
-    m.y = scratch.take<act_t>(N * C);
-    m.row_loss = scratch.take<acc_t>(N), m.sums = scratch.take<acc_t>(2);
-    m.head_rows = head_chunk(N, V);
-    m.tokens = scratch.take<int>(N), m.targets = scratch.take<int>(N);
-    if (train) {
-        m.dx = scratch.take<act_t>(N * C), m.dh = scratch.take<act_t>(N * std::max(C, A)), m.d_wide = scratch.take<act_t>(N * std::max(F, Q));
-        m.delta = scratch.take<acc_t>(N * c.heads), m.partial = scratch.take<acc_t>(norm_chunks(N) * C);
-        m.norm_partial = scratch.take<acc_t>(3 * chunks_of(m.arena));
-        m.bucket_token = scratch.take<int>(N), m.bucket_start = scratch.take<int>(N + 1), m.bucket_order = scratch.take<int>(N);
-    }
-    // Operands of the widest GEMM (a holds X or D, b holds W or X, d the second of D) under every row that may run.
+// Bytes of the operands of the widest GEMM under every row that may run: a holds X or D, b holds W or X, d the second of D, where both
+// are made in one pass. partials: elements of the quantiser's partial results.
+struct WidestOperands {
+    const Model& m;
+    bool train;
     size_t a = 0, b = 0, d = 0;
     int64_t partials = 0;
-    Type act = type_of<act_t>(), acc = type_of<acc_t>();
-    auto widen = [&](const Recipe& r, int64_t rows, int64_t in, int64_t out, Type grad) {
+
+    // Room for a linear layer of `rows` tokens, in -> out, by row r. grad: the type of D (the head's is acc_t, the logits').
+    void widen(const Recipe& r, int64_t rows, int64_t in, int64_t out, Type grad) {
         const Operand* c = r.cell;
+        Type act = type_of<act_t>(), acc = type_of<acc_t>();
         auto bytes = [&](Which which, Type source, int64_t outer, int64_t contracted) {
             int64_t thin = thin_columns(r, which, m.k), elements = outer * (contracted + thin);
             return thin ? elements * size_of(operand_type(c[which].format)) : operand_bytes(c[which], source, elements);
@@ -506,47 +577,88 @@ inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts
         for (int i = 0; i < operand_count; i++)
             if (is_quantised(c[i].format))
                 partials = std::max({partials, quantise_partials(c[i], rows, in), quantise_partials(c[i], rows, out), quantise_partials(c[i], out, in)});
-    };
-    const Precision& p = m.precision;
-    for (const Recipe* r : {&p.recipe, &p.high, &p.late, &p.eval, m.shadows ? find_recipe("bf16") : &p.high})
-        widen(*r, N, C, Q, act), widen(*r, N, A, C, act), widen(*r, N, C, 2 * F, act), widen(*r, N, F, C, act);
-    widen(p.high, m.head_rows, C, V, acc);
-    m.operands.a = a ? scratch.take<char>(a) : nullptr;
-    m.operands.b = b ? scratch.take<char>(b) : nullptr;
-    // The head's rows of logits are spent when the blocks' backward begins, and none of its operands is made in d.
-    m.logits = (acc_t*)scratch.take<char>(std::max(m.head_rows * V * sizeof(acc_t), d));
-    m.operands.d = d ? m.logits : nullptr;
-    m.operands.scales = scratch.take<float>(6);
-    m.operands.partials = partials, m.operands.partial = scratch.take<float>(d ? 2 * partials : partials);
-    if (m.k) {
-        int64_t k = m.k, wide = std::max({A, Q, C, 2 * F}), tall = std::max(N, wide);
-        int q = (int)k + p.recipe.split.oversample;
-        size_t size = 0;
-        for (const Operand& c : p.recipe.cell) size = std::max(size, size_of(operand_type(c.format)));
-        for (const Operand& c : p.eval.cell) size = std::max(size, size_of(operand_type(c.format)));
-        for (int i = 0; i < (d ? 3 : 2); i++) {
-            SideScratch& s = m.operands.side[i];
-            s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);
-            s.a = scratch.take<char>(tall * k * size), s.b = scratch.take<char>(wide * k * size);
-            s.low_a = scratch.take<acc_t>(tall * k), s.low_b = scratch.take<acc_t>(wide * k), s.cross = scratch.take<acc_t>(tall * k);
-            s.scales = scratch.take<float>(4);
-        }
-        m.operands.inner = scratch.take<acc_t>(k * k);
-        m.operands.merged = m.factors.empty() ? nullptr : scratch.take<acc_t>(std::max({Q * C, C * A, 2 * F * C}));
-        int64_t samples = sampled_rows(p.recipe.split, (int)k, N);
-        SubspaceScratch& u = m.operands.subspace;
-        u.sample = scratch.take<acc_t>(samples * wide), u.z = scratch.take<acc_t>(q * wide);
-        u.y = scratch.take<acc_t>(q * std::max(samples, wide)), u.g = scratch.take<acc_t>(q * std::max(samples, wide));
-        u.gram = scratch.take<double>(q * q), u.vectors = scratch.take<double>(q * q + q + 2), u.state = scratch.take<int>(q + 1);
     }
-    bool amaxes = uses_amax(p.recipe) || uses_amax(p.eval);
+};
+
+// Returns how many operands of a GEMM have a place: 3 with d, else 2.
+inline int plan_operands(Model& m, bool train, Arena& scratch) {
+    const Config& c = m.config;
+    int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
+    const Precision& p = m.precision;
+    Type act = type_of<act_t>();
+    WidestOperands w = {m, train};
+    for (const Recipe* r : {&p.recipe, &p.high, &p.late, &p.eval, m.shadows ? find_recipe("bf16") : &p.high}) {
+        w.widen(*r, N, C, Q, act), w.widen(*r, N, A, C, act);                    // qkv, o
+        w.widen(*r, N, C, 2 * F, act), w.widen(*r, N, F, C, act);                // gate_up, down
+    }
+    w.widen(p.high, m.head_rows, C, c.vocab, type_of<acc_t>());                  // the head, some rows at a time
+    m.operands.a = w.a ? scratch.take<char>(w.a) : nullptr;
+    m.operands.b = w.b ? scratch.take<char>(w.b) : nullptr;
+    // d lies where the logits were. classify() is done with them, its backward included, when the blocks' backward begins; and the head,
+    // whose operands are made while logits live, runs in bf16, which is never made in d. The two are among the largest buffers.
+    m.logits = (acc_t*)scratch.take<char>(std::max(m.head_rows * c.vocab * sizeof(acc_t), w.d));
+    m.operands.d = w.d ? m.logits : nullptr;
+    m.operands.scales = scratch.take<float>(6);
+    m.operands.partials = w.partials, m.operands.partial = scratch.take<float>(w.d ? 2 * w.partials : w.partials);
+    return w.d ? 3 : 2;
+}
+
+// The factors of split operands, of each place for one, and the refresh of bases.
+inline void plan_subspace(Model& m, int places, Arena& scratch) {
+    const Config& c = m.config;
+    const Precision& p = m.precision;
+    int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
+    int64_t k = m.k, wide = std::max({A, Q, C, 2 * F}), tall = std::max(N, wide);         // the most columns, and rows, of any X, W or D
+    int q = (int)k + p.recipe.split.oversample;
+    size_t size = 0;
+    for (const Operand& o : p.recipe.cell) size = std::max(size, size_of(operand_type(o.format)));
+    for (const Operand& o : p.eval.cell) size = std::max(size, size_of(operand_type(o.format)));
+    for (int i = 0; i < places; i++) {
+        SideScratch& s = m.operands.side[i];
+        s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);
+        s.a = scratch.take<char>(tall * k * size), s.b = scratch.take<char>(wide * k * size);
+        s.low_a = scratch.take<acc_t>(tall * k), s.low_b = scratch.take<acc_t>(wide * k), s.cross = scratch.take<acc_t>(tall * k);
+        s.scales = scratch.take<float>(4);
+    }
+    m.operands.inner = scratch.take<acc_t>(k * k);
+    m.operands.merged = m.factors.empty() ? nullptr : scratch.take<acc_t>(std::max({Q * C, C * A, 2 * F * C}));
+    // Only X and D, of N rows, are sampled; W is read in place, all its rows (at most `wide`), which is why y and g have room for both.
+    int64_t samples = sampled_rows(p.recipe.split, (int)k, N);
+    SubspaceScratch& u = m.operands.subspace;
+    u.sample = scratch.take<acc_t>(samples * wide), u.z = scratch.take<acc_t>(q * wide);
+    u.y = scratch.take<acc_t>(q * std::max(samples, wide)), u.g = scratch.take<acc_t>(q * std::max(samples, wide));
+    u.gram = scratch.take<double>(q * q), u.vectors = scratch.take<double>(q * q + q + 2), u.state = scratch.take<int>(q + 1);
+}
+
+// Points every buffer of the model at memory, or only measures (base pointers null). `train`: gradients, optimiser, backward's buffers.
+inline MemoryPlan plan_memory(Model& m, bool train, char* state_base, char* acts_base, char* scratch_base) {
+    const Config& c = m.config;
+    int64_t N = (int64_t)m.B * m.T, C = c.dim, F = c.ffn, A = (int64_t)c.heads * c.head_dim, Q = A + 2 * (int64_t)c.kv_heads * c.head_dim;
+    MemoryPlan plan;
+    Arena state{state_base}, acts{acts_base}, scratch{scratch_base};
+    plan_state(m, train, state, plan);
+    plan_activations(m, train, acts);
+    plan.activations = acts.used;
+
+    m.y = scratch.take<act_t>(N * C);
+    m.row_loss = scratch.take<acc_t>(N), m.sums = scratch.take<acc_t>(2);
+    m.head_rows = head_chunk(N, c.vocab);
+    m.tokens = scratch.take<int>(N), m.targets = scratch.take<int>(N);
+    if (train) {
+        m.dx = scratch.take<act_t>(N * C), m.dh = scratch.take<act_t>(N * std::max(C, A)), m.d_wide = scratch.take<act_t>(N * std::max(F, Q));
+        m.delta = scratch.take<acc_t>(N * c.heads), m.partial = scratch.take<acc_t>(norm_chunks(N) * C);
+        m.norm_partial = scratch.take<acc_t>(3 * chunks_of(m.arena));
+        m.bucket_token = scratch.take<int>(N), m.bucket_start = scratch.take<int>(N + 1), m.bucket_order = scratch.take<int>(N);
+    }
+    int places = plan_operands(m, train, scratch);
+    if (m.k) plan_subspace(m, places, scratch);
+    bool amaxes = uses_amax(m.precision.recipe) || uses_amax(m.precision.eval);
     m.x_amax = amaxes ? scratch.take<float>(N) : nullptr, m.d_amax = amaxes ? scratch.take<float>(N) : nullptr;
     m.tally = scratch.take<float>(operand_count * tally_sums), m.scales = scratch.take<float>(m.tensors.size() * 6);
     plan.scratch = scratch.used;
 
-    size_t rope_bytes = scratch.used;
     m.cosine = scratch.take<acc_t>((size_t)m.T * c.head_dim / 2), m.sine = scratch.take<acc_t>((size_t)m.T * c.head_dim / 2);
-    plan.tables = scratch.used - rope_bytes;
+    plan.tables = scratch.used - plan.scratch;
     return plan;
 }
 
@@ -558,13 +670,14 @@ inline MemoryPlan measure(Model& m, const Config& c, int B, int T, Recompute rec
     m.k = is_split(precision.recipe) || is_split(precision.eval) ? split_rank(precision.recipe.split, c.dim) : 0;
     m.factors = factor_table(m.tensors, precision, c.layers, m.k);
     m.trained = m.tensors;
-    std::copy_if(m.factors.begin(), m.factors.end(), std::back_inserter(m.trained), [](const Tensor& t) { return !t.quantised; });      // W_R is there
+    // All factors but W_R, whose place in the arena is W's: it is in the table already.
+    std::copy_if(m.factors.begin(), m.factors.end(), std::back_inserter(m.trained), [](const Tensor& t) { return !t.quantised; });
     m.arena = arena_size(m.trained);
     m.bases = m.k ? basis_table(m.tensors, m.k) : std::vector<Tensor>();
     return m.plan = plan_memory(m, train, nullptr, nullptr, nullptr);
 }
 
-// Points every linear layer at the row it runs by.
+// Points every linear layer at the row it runs by. Evaluation rounds to nearest: a loss should not depend on draws.
 inline void set_recipes(Model& m, Use use, double progress) {
     const Precision& p = m.precision;
     for (int l = 0; l < m.config.layers; l++)
@@ -574,6 +687,26 @@ inline void set_recipes(Model& m, Use use, double progress) {
     m.training = use == Use::train;
 }
 
+// Linear layer `name` of tensor `index` of the table. basis, factor: the next unused of m.bases and m.factors, moved on.
+inline Linear bind_linear(Model& m, const char* name, size_t index, size_t& basis, size_t& factor, bool train) {
+    const Tensor& t = m.tensors[index];
+    std::string n = name;
+    acc_t* grad = train ? m.grads + t.offset : nullptr;
+    Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, m.params + t.offset, grad, nullptr, (uint32_t)index, m.scales + 6 * index};
+    if (!t.quantised || !m.k) return l;
+    l.splits.k = m.k;
+    for (int i = 0; i < 3; i++, basis++) l.splits.basis[i] = m.basis + m.bases[basis].offset, l.splits.projected[i] = m.projected[basis];
+    if (factor == m.factors.size() || m.factors[factor].offset != t.offset) return l;      // the next W_R is another layer's
+    auto in = [&](acc_t* arena) {
+        auto at = [&](int i) { return arena + m.factors[factor + i].offset; };
+        return Triplets{at(1), at(2), at(3)};                                              // U, s, V behind their W_R
+    };
+    l.splits.factors = in(m.params);
+    if (train) l.splits.grads = in(m.grads);
+    factor += 4;
+    return l;
+}
+
 // Allocates what measure() planned and binds weights to it. Parameters are zero until initialised or loaded.
 inline void allocate(Ctx& ctx, Model& m, bool train) {
     const Config& c = m.config;
@@ -581,7 +714,7 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
     char* state = (char*)device_alloc(p.parameters + p.gradients + p.optimiser, "parameters and optimiser");
     char* acts = (char*)device_alloc(p.activations, "activations");
     char* scratch = (char*)device_alloc(p.scratch + p.tables, "scratch");
-    plan_memory(m, train, state, acts, scratch);
+    if (plan_memory(m, train, state, acts, scratch).total() != p.total()) fail("internal error: two plans of one model's memory differ");
 
     std::vector<acc_t> cosine, sine;
     rope_table(cosine, sine, c, m.T);
@@ -590,29 +723,11 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
 
     // The table's order is the model's: embed, six tensors a layer, final_norm, head unless tied.
     size_t next = 0, basis = 0, factor = 0;
-    auto weight = [&]() { return m.params + m.tensors[next].offset; };
-    auto grad = [&]() { return train ? m.grads + m.tensors[next].offset : nullptr; };
-    auto take = [&](acc_t*& w, acc_t*& g) { w = weight(), g = grad(), next++; };
-    auto linear = [&](const char* name) {
-        const Tensor& t = m.tensors[next];
-        std::string n = name;
-        Linear l = {n + " fprop", n + " dgrad", n + " wgrad", t.cols, t.rows, weight(), grad(), nullptr, (uint32_t)next, m.scales + 6 * next};
-        if (t.quantised && m.k) {
-            l.splits.k = m.k;
-            for (int i = 0; i < 3; i++, basis++) l.splits.basis[i] = m.basis + m.bases[basis].offset, l.splits.projected[i] = m.projected[basis];
-            if (factor < m.factors.size() && m.factors[factor].offset == t.offset) {
-                auto in = [&](acc_t* arena) {
-                    auto at = [&](int i) { return arena + m.factors[factor + i].offset; };
-                    return Triplets{at(1), at(2), at(3)};
-                };
-                l.splits.factors = in(m.params);
-                if (train) l.splits.grads = in(m.grads);
-                factor += 4;
-            }
-        }
+    auto take = [&](acc_t*& w, acc_t*& g) {
+        w = m.params + m.tensors[next].offset, g = train ? m.grads + m.tensors[next].offset : nullptr;
         next++;
-        return l;
     };
+    auto linear = [&](const char* name) { return bind_linear(m, name, next++, basis, factor, train); };
     take(m.embed_w, m.embed_grad);
     m.weights.resize(c.layers), m.weight_grads.resize(c.layers), m.linears.reset(new LayerLinears[c.layers]);
     for (int l = 0; l < c.layers; l++) {
@@ -624,7 +739,7 @@ inline void allocate(Ctx& ctx, Model& m, bool train) {
         m.linears[l].down = linear("down");
     }
     take(m.final_norm, m.final_norm_grad);
-    if (c.tied) next = 0;
+    if (c.tied) next = 0;                     // the head is the embedding: one weight, and both add to one gradient
     m.head = linear("head");
     set_recipes(m, Use::train, 0);
 }
@@ -643,19 +758,33 @@ template <class F> void for_trained(const Model& m, F f) {
             if (lin->splits.factors.u) f(*lin);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------------
+// Forward
+//
+// The residual stream is never one buffer: each layer's input x and its middle `mid` are kept, since backward through a norm needs what
+// the norm saw. An addition to the stream is fused with the norm that reads it (residual_rmsnorm): one pass over memory in place of two.
+// So a branch leaves its output in m.y, and the next norm adds it.
+//
+//     acts[l].x ---------------(+)--> acts[l].mid ------------(+)--> acts[l+1].x
+//        | norm  h1             | y       | norm  h2           | y
+//        +-> qkv -> att -> o ---+         +-> gate_up -> s -> down
+
 // Block l from its normalised input h1 to down's input s; what it adds to the stream is down(s) on top of mid.
+// x_amax: each kernel that makes the input of a linear layer notes the rows' largest elements, which its quantiser then finds there.
+// (Attention does not; o's quantiser looks for itself.)
 inline void block_forward(Ctx& ctx, Model& m, int l, Heads shape) {
     const Config& c = m.config;
     const LayerActs& a = m.acts[l];
     const LayerLinears& w = m.linears[l];
     int64_t N = (int64_t)shape.B * shape.T;
-    linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim, m.x_amax), N);
-    rotate(ctx, a.qkv, {m.cosine, m.sine}, shape, 1);
-    attention_forward(ctx, a.att, a.att_low, a.lse, a.qkv, shape);
-    linear_forward(ctx, w.o, m.operands, m.y, mat(a.att, w.o.in), N);
+    linear_forward(ctx, w.qkv, m.operands, a.qkv, mat(a.h1, c.dim, m.x_amax), N);                  // (N, C) -> (N, (H + 2 KV) D)
+    rotate(ctx, a.qkv, {m.cosine, m.sine}, shape, 1);                                              // q and k in place; v as it is
+    attention_forward(ctx, a.att, a.att_low, a.lse, a.qkv, shape);                                 // -> (N, H D), lse (N, H)
+    linear_forward(ctx, w.o, m.operands, m.y, mat(a.att, w.o.in), N);                              // -> y (N, C)
+    // mid = x + y; h2 = rmsnorm(mid), both (N, C)
     residual_rmsnorm(ctx, a.mid, a.h2, a.rstd2, a.x, m.y, m.weights[l].ffn_norm, N, c.dim, (acc_t)c.norm_eps, m.x_amax);
-    linear_forward(ctx, w.gate_up, m.operands, a.gu, mat(a.h2, c.dim, m.x_amax), N);
-    swiglu(ctx, a.s, a.gu, N, c.ffn, m.x_amax);
+    linear_forward(ctx, w.gate_up, m.operands, a.gu, mat(a.h2, c.dim, m.x_amax), N);               // (N, C) -> (N, 2F)
+    swiglu(ctx, a.s, a.gu, N, c.ffn, m.x_amax);                                                    // -> (N, F)
 }
 
 // For replay(): the name of block l's launches, and whether they are those of the last micro-batch: training, nothing counted, no basis refreshed.
@@ -672,7 +801,7 @@ inline bool repeats(const Ctx& ctx, const Model& m, int l) {
 
 inline Heads heads_of(const Config& c, int B, int T) { return {B, T, c.heads, c.kv_heads, c.head_dim}; }
 
-// Tokens (B x T, on the host) to h_final.
+// Tokens (B x T, on the host) to h_final (N, C). B T may be less than the model has room for.
 inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     const Config& c = m.config;
     Heads shape = heads_of(c, B, T);
@@ -680,33 +809,42 @@ inline void forward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     acc_t eps = (acc_t)c.norm_eps;
     m.operands.refresh = m.training;
     to_device(ctx, m.tokens, tokens, N * sizeof(int));
-    embed(ctx, m.acts[0].x, m.embed_w, m.tokens, N, c.dim);
+    embed(ctx, m.acts[0].x, m.embed_w, m.tokens, N, c.dim);                                        // (N) -> (N, C)
     for (int l = 0; l < c.layers; l++) {
         const LayerActs& a = m.acts[l];
         const act_t* stream = l == 0 ? a.x : m.acts[l - 1].mid;               // the last block's output is mid + y, added here
         replay(ctx, block_key(m, l, false, B, T), repeats(ctx, m, l), [&] {
+            // x = mid of the last block + y; h1 = rmsnorm(x), both (N, C)
             residual_rmsnorm(ctx, a.x, a.h1, a.rstd1, stream, l == 0 ? nullptr : m.y, m.weights[l].attn_norm, N, c.dim, eps, m.x_amax);
             block_forward(ctx, m, l, shape);
-            linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn, m.x_amax), N);
+            linear_forward(ctx, m.linears[l].down, m.operands, m.y, mat(a.s, c.ffn, m.x_amax), N);  // (N, F) -> y (N, C)
         });
     }
     residual_rmsnorm(ctx, m.x_final, m.h_final, m.rstd_final, m.acts[c.layers - 1].mid, m.y, m.final_norm, N, c.dim, eps);
 }
 
-// sums[0] += the sum over tokens of the loss; with dloss != 0 also the head's backward, a chunk of rows at a time, so that neither
-// all logits nor a second copy of any exists: dx = the gradient of the final norm's output, scaled by dloss per token.
+// sums[0] += the sum over tokens of the loss; with dloss != 0 also the head's backward: dh (N, C) = the gradient of h_final and
+// the head's weight gradient, both of dloss times that sum. A chunk of rows at a time, since all logits (N, V) at once would be the
+// largest buffer by far: 4.2 GB for 8192 tokens of LLaMA-3's 128256 words. Each chunk's logits become their own gradient, in place.
 inline void classify(Ctx& ctx, Model& m, const int* targets, int64_t N, acc_t dloss) {
     const Config& c = m.config;
     to_device(ctx, m.targets, targets, N * sizeof(int));
     for (int64_t r = 0; r < N; r += m.head_rows) {
         int64_t rows = std::min(m.head_rows, N - r);
         Mat h = mat(m.h_final + r * c.dim, c.dim);
-        linear_forward(ctx, m.head, m.operands, m.logits, h, rows);
-        softmax_cross_entropy(ctx, m.row_loss + r, m.logits, m.targets + r, rows, c.vocab, dloss);
+        linear_forward(ctx, m.head, m.operands, m.logits, h, rows);                                // (rows, C) -> (rows, V)
+        softmax_cross_entropy(ctx, m.row_loss + r, m.logits, m.targets + r, rows, c.vocab, dloss); // logits -> dlogits
         if (dloss != 0) linear_backward(ctx, m.head, m.operands, m.dh + r * c.dim, mat(m.logits, c.vocab), h, rows);
     }
     add_sum(ctx, m.sums, m.row_loss, N);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Backward
+//
+// m.dx (N, C) is the gradient of the residual stream on its way up. A branch x + f(norm(x)) passes it on as it is, and rmsnorm_grad()
+// adds to it what comes back through f. m.dh holds the gradient of a norm's output (or of attention's), m.d_wide that of s or of qkv.
+// linear_backward(.., dx, d, x) reads D = d and X = x, writes dX over dx and adds dW to the gradient arena.
 
 // Gradients through block l: m.dx, of its output, becomes that of its input.
 inline void block_backward(Ctx& ctx, Model& m, int l, Heads shape) {
@@ -716,6 +854,7 @@ inline void block_backward(Ctx& ctx, Model& m, int l, Heads shape) {
     const LayerLinears& w = m.linears[l];
     const LayerWeights &p = m.weights[l], &g = m.weight_grads[l];
     acc_t eps = (acc_t)c.norm_eps;
+    // What was not kept, from the kept x (or mid), by forward's own kernels on the same numbers.
     if (m.recompute != Recompute::none) residual_rmsnorm(ctx, nullptr, a.h1, a.rstd1, a.x, nullptr, p.attn_norm, N, c.dim, eps, m.x_amax);
     if (m.recompute == Recompute::block) {                                // done again, not anew: bases stay, nothing is counted twice
         float* tally = m.operands.tally;
@@ -727,13 +866,16 @@ inline void block_backward(Ctx& ctx, Model& m, int l, Heads shape) {
         residual_rmsnorm(ctx, nullptr, a.h2, a.rstd2, a.mid, nullptr, p.ffn_norm, N, c.dim, eps);
         swiglu(ctx, a.s, a.gu, N, c.ffn);
     }
-    linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C, m.d_amax), mat(a.s, c.ffn), N);
-    swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn, m.d_amax);
-    linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn, m.d_amax), mat(a.h2, C), N);
+    // The second branch, mid + down(swiglu(gate_up(norm(mid)))): dx comes in as the gradient of the sum ...
+    linear_backward(ctx, w.down, m.operands, m.d_wide, mat(m.dx, C, m.d_amax), mat(a.s, c.ffn), N);                 // ds (N, F)
+    swiglu_grad(ctx, a.gu, m.d_wide, N, c.ffn, m.d_amax);                                                           // dgu (N, 2F)
+    linear_backward(ctx, w.gate_up, m.operands, m.dh, mat(a.gu, 2 * c.ffn, m.d_amax), mat(a.h2, C), N);             // dh2 (N, C)
+    // ... and is that of mid after this. The first branch, x + o(attention(rope(qkv(norm(x))))), likewise.
     rmsnorm_grad(ctx, m.dx, g.ffn_norm, m.partial, m.dh, a.mid, a.rstd2, p.ffn_norm, N, c.dim, m.d_amax);
-    linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C, m.d_amax), mat(a.att, w.o.in), N);
+    linear_backward(ctx, w.o, m.operands, m.dh, mat(m.dx, C, m.d_amax), mat(a.att, w.o.in), N);                     // datt (N, H D)
+    // dqkv (N, (H + 2 KV) D), of q and k before they were rotated
     attention_backward(ctx, m.d_wide, m.delta, m.dh, a.qkv, a.att, a.att_low, a.lse, shape, {m.cosine, m.sine});
-    linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);
+    linear_backward(ctx, w.qkv, m.operands, m.dh, mat(m.d_wide, w.qkv.out), mat(a.h1, C), N);                       // dh1 (N, C)
     rmsnorm_grad(ctx, m.dx, g.attn_norm, m.partial, m.dh, a.x, a.rstd1, p.attn_norm, N, c.dim, m.d_amax);
 }
 
@@ -742,10 +884,11 @@ inline void backward(Ctx& ctx, Model& m, const int* tokens, int B, int T) {
     const Config& c = m.config;
     Heads shape = heads_of(c, B, T);
     int64_t N = (int64_t)B * T, C = c.dim;
-    set_zero(ctx, m.dx, N * C * sizeof(act_t));
+    set_zero(ctx, m.dx, N * C * sizeof(act_t));                           // nothing goes past the last norm
     rmsnorm_grad(ctx, m.dx, m.final_norm_grad, m.partial, m.dh, m.x_final, m.rstd_final, m.final_norm, N, c.dim, m.d_amax);
     for (int l = c.layers - 1; l >= 0; l--)
         replay(ctx, block_key(m, l, true, B, T), repeats(ctx, m, l), [&] { block_backward(ctx, m, l, shape); });
+    // dx is now the gradient of embed[token]. A tied embedding has the head's gradient in it already: this is added.
     TokenBuckets buckets(tokens, N);
     to_device(ctx, m.bucket_token, buckets.token.data(), buckets.token.size() * sizeof(int));
     to_device(ctx, m.bucket_start, buckets.start.data(), buckets.start.size() * sizeof(int));
@@ -765,7 +908,7 @@ inline void adamw_step(Ctx& ctx, Model& m, size_t i, AdamW o, acc_t decay) {
 }
 
 // Model FLOPs of one training token, PaLM's count (arXiv 2204.02311, appendix B) with the causal half of attention: 6 per weight
-// of every GEMM, and 6 H D (T + 1) a layer. Recomputation is not counted.
+// of every GEMM (2 forward, 4 backward), and 6 H D (T + 1) a layer. Recomputation is not counted, nor what a recipe adds.
 inline double flops_per_token(const Config& c, int T) {
     double weights = (double)c.vocab * c.dim;
     for (const Tensor& t : tensor_table(c))
