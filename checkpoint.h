@@ -96,6 +96,10 @@ inline bool is_file(const std::string& path) {
     struct stat st;
     return stat(path.c_str(), &st) == 0 && S_ISREG(st.st_mode);
 }
+inline bool is_directory(const std::string& path) {
+    struct stat st;
+    return stat(path.c_str(), &st) == 0 && S_ISDIR(st.st_mode);
+}
 
 // Text that must be JSON; `what` names the file (and the part of it) in the message.
 template <class Json> Json parse_json(const uint8_t* text, size_t n, const std::string& what) {

@@ -22,7 +22,12 @@
 struct RopeScaling { double factor = 0, low = 1, high = 4, original = 8192; };
 
 struct Config {
-    int layers, dim, heads, kv_heads, head_dim, ffn, vocab;
+    int layers;                 // transformer blocks
+    int dim;                    // C: width of the residual stream
+    int heads, kv_heads;        // H, KV: query head h reads key/value head h / (H / KV)
+    int head_dim;               // D: even, since RoPE turns pairs
+    int ffn;                    // F: inner width of SwiGLU
+    int vocab;                  // V
     bool tied;                  // the output head is the embedding
     RopeScaling scaling;
     double rope_theta = 500000, norm_eps = 1e-5;
@@ -57,6 +62,7 @@ inline const Preset* find_preset(const std::string& name) {
     return nullptr;
 }
 
+// A preset's shape with a vocabulary, which the data decide.
 inline Config config_of(const Preset& p, int vocab) {
     Config c{p.layers, p.dim, p.heads, p.kv_heads, p.dim / p.heads, p.ffn, vocab, p.tied, {}};
     c.scaling.factor = p.scaling;
@@ -90,6 +96,7 @@ struct ConfigFile {
     std::string path;
     nlohmann::json j;
 
+    // Any text may come: not JSON, not an object, a pipe (MappedFile refuses that).
     explicit ConfigFile(const std::string& file) : path(file) {
         MappedFile text(path);
         j = nlohmann::json::parse(text.data, text.data + text.size, nullptr, false);
@@ -108,6 +115,7 @@ struct ConfigFile {
         if (!it->is_number()) refuse(key, "is not a number");
         return it->get<double>();
     }
+    // A positive integer, up to 2^30: no dimension is larger, and an int holds it.
     int integer(const char* key, double fallback) const {
         double v = number(j, key, fallback);
         if (!(v >= 1 && v <= 1 << 30) || v != std::floor(v)) refuse(key, "is not a positive integer");
@@ -129,6 +137,7 @@ struct ConfigFile {
 // rope_parameters.
 inline void read_rope(const ConfigFile& f, Config& c) {
     const double required = NAN;
+    // {"rope_theta": 5e5, "rope_scaling": null}  or  {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
     nlohmann::json rope = nlohmann::json::object();
     for (const char* key : {"rope_scaling", "rope_parameters"})
         if (f.j.contains(key) && !f.j[key].is_null()) {
@@ -155,6 +164,7 @@ inline void read_rope(const ConfigFile& f, Config& c) {
 inline Config read_config(const std::string& path) {
     ConfigFile f(path);
     const nlohmann::json& j = f.j;
+    // What other models of the family change. A file that lacks these keys means LLaMA's values.
     f.must_be("model_type", "llama");
     f.must_be("hidden_act", "silu");
     f.must_be("attention_bias", false);
@@ -163,6 +173,7 @@ inline Config read_config(const std::string& path) {
     auto dropout = j.find("attention_dropout");
     if (dropout != j.end() && !(dropout->is_number() && dropout->get<double>() == 0)) f.refuse("attention_dropout", "only 0 is implemented");
 
+    // The shape. Without num_key_value_heads every query head has keys and values of its own, as in LLaMA-1.
     const double required = NAN;
     Config c;
     c.layers = f.integer("num_hidden_layers", required);
@@ -176,6 +187,7 @@ inline Config read_config(const std::string& path) {
     c.vocab = f.integer("vocab_size", required);
     c.norm_eps = f.number(j, "rms_norm_eps", 1e-6);
     c.max_seq = f.integer("max_position_embeddings", 2048);
+    // Hugging Face's default is false; the small LLaMA-3.2 models say true.
     auto tied = j.find("tie_word_embeddings");
     if (tied != j.end() && !tied->is_boolean()) f.refuse("tie_word_embeddings", "is not true or false");
     c.tied = tied != j.end() && tied->get<bool>();
