@@ -179,6 +179,47 @@ inline void list_recipes(const std::string& changes) {
     printf("\n%s", about.c_str());
 }
 
+// FLOPs of one micro-batch by what they multiply. gemms: of the three GEMMs whose operands are both 4-bit codes, 2 l m n each, as the
+// model needs them in any precision. The rest is what splits cost beside: README.md, "Metis in one page", has the table of terms.
+struct StepFlops {
+    double gemms = 0;            // R_p R_q^T, or P Q^T of operands without a split
+    double codes = 0;            // R_p C_q, R_q C_p and C_p^T C_q: codes times codes
+    double thin = 0;             // the thin product's inner columns: codes of one factor times the other factor's numbers
+    double wide = 0;             // M B, residuals, refreshes: no 4-bit operand
+};
+
+// An example, X (l x m) and W (n x m) both split, in fprop: gemms 2 l m n; codes 2 k m (l + n) + 2 k^2 m; thin 4 k l n; wide, for M B of X,
+// R of X, and R of X again for its amax, 6 k l m; and as much of W, 6 k n m. With k = m / 64, l = n = m: 2, 0.06, 0.06 and 0.19 m^3.
+//
+// Adds those of a linear layer (l tokens, m inputs, n outputs) by row r with splits of rank k. `accum`: micro-batches a step, the
+// first of which may refresh bases.
+inline void add_flops(StepFlops& f, const Recipe& r, double l, double m, double n, int k, int accum, bool trained) {
+    // Rows of the two operands of each GEMM, and the axis it contracts: Y = X W^T, dX = D W, dW = D^T X.
+    const double outer[3][2] = {{l, n}, {l, m}, {n, m}}, contracted[3] = {m, n, l};
+    // What is counted once a GEMM: the product itself, and the split's products of thin factors with the other operand.
+    for (int g = 0; g < 3; g++) {
+        const Operand &p = r.cell[2 * g], &q = r.cell[2 * g + 1];
+        double c = contracted[g];
+        bool four = is_4bit(p.format) && is_4bit(q.format);
+        if (four) f.gemms += 2 * outer[g][0] * outer[g][1] * c;
+        (four ? f.codes : f.wide) += 2 * c * k * (q.split * outer[g][0] + p.split * outer[g][1] + (p.split && q.split ? k : 0));
+        (four ? f.thin : f.wide) += 2 * outer[g][0] * outer[g][1] * k * (p.split + q.split);
+    }
+    // What is counted once an operand, or once a matrix (by its first operand that is split).
+    for (int i = 0; i < operand_count; i++) {
+        Matrix of = matrix_of[i];
+        if (!r.cell[i].split || (of == matrix_w && trained)) continue;           // trained factors are there already, and W_R is stored
+        double rows = of == matrix_w ? n : l, cols = of == matrix_d ? n : m, element = 2 * k;
+        bool first = made_before[i] == operand_count || !r.cell[made_before[i]].split;
+        bool own_amax = has_tensor_scale(r.cell[i]) && !same_scale(r, (Which)i, false);
+        f.wide += rows * cols * element * (first + 1 + own_amax);                // M B once a matrix; R, and R once more for its amax
+        if (!first) continue;
+        double sample = of == matrix_w ? rows : (double)sampled_rows(r.split, k, (int64_t)rows);
+        double every = r.split.refresh ? (double)r.split.refresh * accum : 1;    // micro-batches between two refreshes
+        f.wide += 8 * sample * cols * (k + r.split.oversample) / every;
+    }
+}
+
 // Of each GEMM of `rows` tokens its two operands and how it is computed: by the GPU's own units of that format, or emulated exactly.
 //
 //     fprop: X nvfp4, W nvfp4; emulated exactly as a bf16 GEMM
@@ -206,28 +247,28 @@ inline void report_gemms(const Ctx& ctx, const Model& m, int64_t rows) {
     }
 }
 
-// Which GEMMs of which layers run in which format, how, and the share of the step's FLOPs in 4 bits.
+// Which GEMMs of which layers run in which format, how, the share of the model's FLOPs in 4 bits, and what splits add to them.
 inline void report_precision(const Ctx& ctx, const Model& m, const Options& o) {
     const Precision& p = m.precision;
     const Recipe& r = p.recipe;
     int layers = m.config.layers;
     if (o.set.empty()) printf("recipe   | %s: %s\n", r.name.c_str(), r.about.c_str());
     else printf("recipe   | %s with %s\n", r.name.c_str(), o.set.c_str());
-    // The rank is 1.5% of the width, but at least 16: of a small model's width that is more.
+    // The rank is 1.5% of the width, but at least 16: of a small model's width that is more, and the lines below show what it costs.
     if (is_split(r)) printf("         | split: rank %d of a width of %d (%.1f%%)\n", m.k, m.config.dim, 100. * m.k / m.config.dim);
     if (!is_quantised(r)) return;                                                // float and bf16: nothing more to say
     report_gemms(ctx, m, (int64_t)o.batch * o.seq);
 
     // Of one micro-batch: shares are the same for all.
     int64_t high = 0;
-    double four = 0, tokens = (double)o.batch * o.seq;
+    StepFlops f;
+    double tokens = (double)o.batch * o.seq;
     for (int l = 0; l < layers; l++)
         for (int kind = 0; kind < 4; kind++) {
             const Linear& lin = *m.linears[l].all[kind];
             const Recipe* row = recipe_of(p, layers, l, kind, Use::train, 0);
             high += row == &p.high;
-            for (int g = 0; g < 3; g++)
-                four += is_4bit(row->cell[2 * g].format) && is_4bit(row->cell[2 * g + 1].format) ? 2 * tokens * lin.in * lin.out : 0;
+            add_flops(f, *row, tokens, lin.in, lin.out, m.k, o.accum, lin.splits.factors.u);
         }
     // What is not in the recipe's formats. The head always is not, nor are embedding, norms and attention, which are no linear layers.
     printf("         | bf16: the head");
@@ -240,5 +281,11 @@ inline void report_precision(const Ctx& ctx, const Model& m, const Options& o) {
         printf("; from step %lld %s", (long long)std::ceil((1 - p.end) * o.steps) + 1, o.bf16_end_gemms == "all" ? "everything" : "all fprop");
     double more = (parameter_count(m.trained) - parameter_count(m.tensors)) * 1e-6;
     if (!m.factors.empty()) printf("; W_R, U, s and V are trained: %.2fM parameters more", more);
-    printf("\n         | %.1f%% of the step's FLOPs in 4 bits\n", 100 * four / (flops_per_token(m.config, o.seq) * tokens));
+    // Two different things: what share of the arithmetic that any precision needs is done in 4 bits, and how much more a split computes.
+    double percent = 100 / (flops_per_token(m.config, o.seq) * tokens);
+    printf("\n         | %.1f%% of the model's FLOPs in 4 bits\n", percent * f.gemms);
+    if (!is_split(r)) return;
+    const char* other = is_float_stored(r.cell[dgrad_d].format) ? "float" : "bf16";
+    printf("         | the split adds %.1f%% of 4 bits x 4 bits, %.1f%% of 4 bits x %s (thin products), %.1f%% in %s (M B, residuals, bases)\n",
+           percent * f.codes, percent * f.thin, other, percent * f.wide, on_gpu && other[0] == 'b' ? "bf16 and float" : "float");
 }

@@ -1137,6 +1137,21 @@ def reports():
         for what, parts in (("parameters", 1), ("gradients", 1), ("optimiser", 2), ("checkpoint", 3)):
             assert near(amount(what), parts * 4 * 8.030261248, 1e-4), f"{what} of llama3-8b: {amount(what)} GB"
         assert sorted(os.listdir(".")) == before, "new files"
+    with case("the report: what a split adds to the model's FLOPs, term by term of README's table"):
+        l, k, q, s = 4 * 32, 16, 16 + 8, 96                                  # tokens, rank, directions of a refresh, sampled rows: 4 q of l
+        codes = thin = wide = weights = 0
+        for m, n in ((64, 64 + 2 * 32), (64, 64), (64, 2 * 128), (128, 64)):
+            weights += 2 * m * n
+            codes += 2 * (2 * k * (m * (l + n) + n * (l + m) + l * (n + m)) + 2 * k * k * (m + n + l))      # R C of both sides, C C
+            thin += 2 * 4 * k * (l * n + l * m + n * m)
+            wide += 2 * (2 * k * (1 + 3) * (l * m + n * m + l * n) + 8 * q * (s * m + n * m + s * n) / 8)   # M B; R, R again, its amax; B
+        every = l * (6 * (weights + 64 * 256) + 6 * 2 * 64 * 33)
+        text = run({**MICRO, "--recipe": "metis", "--steps": 1, "--eval-batches": 1}).out
+        assert f"{100 * 6 * l * weights / every:.1f}% of the model's FLOPs in 4 bits" in text, text
+        added = re.search(r"the split adds ([\d.]+)% of 4 bits x 4 bits, ([\d.]+)% of 4 bits x bf16 .*, ([\d.]+)% in ", text)
+        expected = tuple(f"{100 * x / every:.1f}" for x in (codes, thin, wide))
+        assert added and added.groups() == expected, f"{added and added.groups()}, expected {expected}"
+        assert "the split adds" not in run({**MICRO, "--recipe": "nvfp4", "--steps": 1, "--eval-batches": 1}).out
     def profiled(text):              # {kernel: calls a step}
         return dict(re.findall(r"^  (\S.*?) +([\d.]+) +[\d.]+ +[\d.]+% ", text, re.M))
     with case("--profile 2: a table of kernels, their shares add up"):

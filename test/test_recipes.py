@@ -142,11 +142,11 @@ def high_precision():
         weights = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 64 * 320 + 64 * 160)
         every = 6 * (weights + 64 * 256) + 6 * 2 * 64 * 113
         text = run({**BASE, "--recipe": "nvfp4"}).out
-        assert f"{100 * 6 * weights / every:.1f}% of the step's FLOPs in 4 bits" in text, re.findall(r".*FLOPs in 4.*", text)
+        assert f"{100 * 6 * weights / every:.1f}% of the model's FLOPs in 4 bits" in text, re.findall(r".*FLOPs in 4.*", text)
         assert "bf16: the head\n" in text and "fprop: X nvfp4, W nvfp4; emulated" in text, text
         text = run({**BASE, "--recipe": "nvidia", "--layers": 7, "--steps": 1}).out
         assert "4 of 28 linear layers, of the last 1 block" in text, text
-        assert "0.0% of the step's FLOPs in 4 bits" in run({**BASE, "--recipe": "fp8"}).out
+        assert "0.0% of the model's FLOPs in 4 bits" in run({**BASE, "--recipe": "fp8"}).out
 
 
 def log():
