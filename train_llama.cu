@@ -69,8 +69,13 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
     auto known = [](const char* name, const std::string& row) {
         if (!find_recipe(row)) fail("%s %s is not in the table; see --list-recipes", name, printable(row).c_str());
     };
+    // The row with its changes is judged here, and made once more by resolve_precision(): a mistyped cell should not be found only after
+    // a large corpus has been scanned, nor hide behind a data file that is missing.
     known("--recipe", o.recipe);
     if (!o.eval_recipe.empty()) known("--eval-recipe", o.eval_recipe);
+    Recipe row = *find_recipe(o.recipe);
+    set_cells(row, o.set);
+    check_recipe(row);
     if (given.count("--bf16-end-gemms") && o.bf16_end == 0) fail("--bf16-end-gemms has no effect without --bf16-end X");
     if (o.eval_only && o.sample_only) fail("--eval-only contradicts --sample-only: run them one after the other");
     const char* only = o.eval_only ? "--eval-only" : "--sample-only";
@@ -221,8 +226,7 @@ static void resolve_text(Run& run, int vocab) {
 //     eval      --eval-recipe                      evaluation and samples, if given
 static Precision resolve_precision(Options& o) {
     Precision p(find_recipe(o.recipe));
-    set_cells(p.recipe, o.set);
-    check_recipe(p.recipe);
+    set_cells(p.recipe, o.set);                                                  // check_options() has judged them
     // A float-stored operand (f32, or e2m1 under float scales) is made of float activations; a GPU build keeps bf16 ones.
     for (const std::string& name : {o.recipe, o.eval_recipe})
         for (int i = 0; i < operand_count && !name.empty(); i++) {

@@ -881,6 +881,13 @@ def refuse_options():
             ended = run(words(base) + given, status=2, cwd="bad")
             assert re.search(word, ended.err), f"the message does not mention {word!r}: {ended.err}"
             assert "\nstep " not in ended.out, "it trained first"
+    with case("refuses --set and --recipe that make no sense before it looks for data"), untouched("bad"):
+        for change, word in (("w.formt=mxfp4", "there is no formt"), ("w.format=mxfp5", "is one of"), ("v.format=mxfp4", "names no operand"),
+                             ("wgrad_d.hadamard=16", "need the same hadamard"), ("split.rank=x", "want a number")):
+            for data in ("nothing.txt", "text.txt"):
+                err = run({**MICRO, "--recipe": "nvfp4", "--set": change, "--data": data}, status=2, cwd="bad").err
+                assert re.search(word, err), f"{change}, {data}: {err}"
+        assert "--list-recipes" in run({**MICRO, "--recipe": "fp5", "--data": "nothing.txt"}, status=2, cwd="bad").err
     with case("refuses what does not fit into memory: the table of memory, what would fit, status 2"), untouched("bad"):
         ended = run({**MICRO, "--batch": 1 << 20, "--seq": 8192, "--vocab": 1000, "--out": "never"}, status=None, cwd="bad")
         assert ended.status == 2, f"exit status {ended.status}"
