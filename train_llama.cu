@@ -185,7 +185,7 @@ static Config resolve_data(Run& run, const std::set<std::string>& given, const s
     if (preset) c = preset_config(o, *preset, run.train_data.vocab);
     check_config(c);
     if (run.train_data.vocab > c.vocab)
-        fail("the data's vocabulary of %d is larger than the model's %d: give --vocab %d, or other data", run.train_data.vocab, c.vocab, c.vocab);
+        fail("%s has a vocabulary of %d, the model one of %d: give data made with this model's tokenizer", o.data.c_str(), run.train_data.vocab, c.vocab);
     // From here on the options are what the model is, and are saved so: a resumed run needs neither the preset nor the config.json again.
     o.layers = c.layers, o.dim = c.dim, o.heads = c.heads, o.kv_heads = c.kv_heads, o.ffn = c.ffn, o.vocab = c.vocab;
 

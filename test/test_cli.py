@@ -1001,6 +1001,11 @@ def refuse_config():
     write(good)
     for name in ("--dim", "--layers", "--vocab", "--ffn", "--heads", "--kv-heads"):
         refuse(f"--model config.json with {name}", {**options, name: 256}, f"{name} contradicts --model")
+    write({**good, "vocab_size": 80})
+    with case("refuses data of a larger vocabulary than config.json's, by no option that it refuses as well"), untouched("bad"):
+        err = run(options, status=2, cwd="bad").err
+        assert "vocabulary of 256" in err and "this model's tokenizer" in err and "--vocab" not in err, err
+    write(good)
     refuse("--seq beyond config.json's positions", {**options, "--seq": 129}, "128 positions")
     refuse("--eval-only of a config.json without weights", {**options, "--eval-only": True}, "weights|model.safetensors")
     # A folder with weights: everything is checked before --out is made.
