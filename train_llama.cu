@@ -35,7 +35,7 @@ struct Run {
     Options o;
     Ctx ctx;                       // the machine, and step and micro-batch as random draws know them
     Model model;
-    Corpus train_data, val_data;
+    Corpus train_data, val_data;   // empty for --sample-only
     Split train, val;              // windows of seq + 1 tokens: to train on, and held out
     bool bytes = false;            // tokens are bytes
     Tokenizer tokenizer;
@@ -174,17 +174,17 @@ static void open_data(Run& run, const std::set<std::string>& given) {
 //     (--resume)     the checkpoint's       the run's               the checkpoint's, with moments and bases
 //
 // Data and shape wait for each other: a preset's vocabulary comes from the data, a file's has to hold the data's. Windows come last, from
-// --seq.
+// --seq. --sample-only opens no data: a published model can be sampled on a machine that has none.
 static Config resolve_data(Run& run, const std::set<std::string>& given, const std::string& checkpoint, std::string& weights) {
     Options& o = run.o;
     const Preset* preset = checkpoint.empty() ? find_preset(o.model) : nullptr;
     Config c;
     if (!checkpoint.empty()) c = read_config(checkpoint + "/config.json");
     else if (!preset) c = file_config(o, given, weights);
-    open_data(run, given);
+    if (!o.sample_only) open_data(run, given);
     if (preset) c = preset_config(o, *preset, run.train_data.vocab);
     check_config(c);
-    if (run.train_data.vocab > c.vocab)
+    if (!o.sample_only && run.train_data.vocab > c.vocab)
         fail("%s has a vocabulary of %d, the model one of %d: give data made with this model's tokenizer", o.data.c_str(), run.train_data.vocab, c.vocab);
     // From here on the options are what the model is, and are saved so: a resumed run needs neither the preset nor the config.json again.
     o.layers = c.layers, o.dim = c.dim, o.heads = c.heads, o.kv_heads = c.kv_heads, o.ffn = c.ffn, o.vocab = c.vocab;
@@ -195,19 +195,38 @@ static Config resolve_data(Run& run, const std::set<std::string>& given, const s
     if (o.warmup < 0) o.warmup = o.steps / 20;
     if (o.warmup > o.steps) fail("--warmup %lld is longer than --steps %lld", (long long)o.warmup, (long long)o.steps);
     if (o.seq > c.max_seq) fail("--seq %d is over the model's %d positions", o.seq, c.max_seq);
+    if (o.sample_only) {
+        if (!given.count("--batch")) o.batch = 1;                                // a sample is one sequence
+        return c;
+    }
     run.train = o.val.empty() ? run.train_data.training(o.seq) : run.train_data.all(o.seq);
     run.val = o.val.empty() ? run.train_data.held_out(o.seq) : run.val_data.all(o.seq);
     return c;
 }
 
+// Whether the model's tokens are bytes. Where data are open they say so by their kind. --sample-only opens none: the data's name tells,
+// if a resumed run has one or --data was given (text is any file that is not called .bin; a glob hides its files' names); else bytes are
+// what a vocabulary of at most 256 holds, unless there is a tokenizer.
+static bool tokens_are_bytes(const Run& run, int vocab, bool named) {
+    const Options& o = run.o;
+    if (!o.sample_only) return run.train_data.kind == Corpus::TEXT;
+    bool text = named && o.data.find_first_of("*?[") == std::string::npos;
+    for (size_t at = 0, comma; at < o.data.size(); at = comma + 1) {
+        comma = std::min(o.data.find(',', at), o.data.size());
+        text = text && !ends_with(o.data.substr(at, comma - at), ".bin");
+    }
+    return text || (o.tokenizer.empty() && vocab <= 256);
+}
+
 // How samples become text, and what they begin with. Without a tokenizer token data train, but nobody reads their ids: no samples.
-static void resolve_text(Run& run, int vocab) {
+// `named`: --data says something about this model (a resumed run's, or given).
+static void resolve_text(Run& run, int vocab, bool named) {
     Options& o = run.o;
-    run.bytes = run.train_data.kind == Corpus::TEXT;
+    run.bytes = tokens_are_bytes(run, vocab, named);
     if (run.bytes && !o.tokenizer.empty()) fail("--tokenizer contradicts --data %s: it is text, whose tokens are bytes", o.data.c_str());
     if (!run.bytes && o.tokenizer.empty()) {
-        if (o.sample_only || !o.prompt.empty())
-            fail("%s needs --tokenizer FILE: the data are token ids", o.sample_only ? "--sample-only" : "--prompt");
+        if (o.sample_only) fail("--sample-only needs --tokenizer FILE: the model's %d tokens are not bytes", vocab);
+        if (!o.prompt.empty()) fail("--prompt needs --tokenizer FILE: the data are token ids");
         o.sample_tokens = 0;
     }
     if (!o.tokenizer.empty()) run.tokenizer = Tokenizer::open(o.tokenizer);
@@ -285,7 +304,7 @@ static void check_shapes(const Options& o, const Precision& p, const Config& c) 
     };
     for (auto [name, size] : widths)
         for (int i = 0; i < wgrad_d; i++) check(i, name, size);
-    check(wgrad_d, "--batch x --seq", (int64_t)o.batch * o.seq);
+    if (o.trains()) check(wgrad_d, "--batch x --seq", (int64_t)o.batch * o.seq);
     // A basis of k orthonormal rows needs k columns.
     int k = split_rank(p.recipe.split, c.dim);
     for (auto [name, size] : widths)
@@ -815,15 +834,19 @@ static void report(Run& run, const std::string& checkpoint) {
            parameter_count(run.model.tensors, true) * 1e-6);
     report_precision(run.ctx, run.model, o);
     double needed = run.model.plan.total() + overhead_bytes(run.ctx, o.seq);
-    printf("data     | %s: %s, %.2fM tokens, %lld windows of %d to train on, %lld held out%s\n", o.data.c_str(),
-           Corpus::format(run.train_data.kind).name, run.train_data.tokens * 1e-6, (long long)run.train.count, o.seq, (long long)run.val.count,
-           o.val.empty() ? "" : " from --val");
-    if (run.bytes && c.vocab == 256) printf("         | tokens are bytes: bits per byte = loss / ln 2\n");
-    printf("schedule | %lld steps of %lld tokens (%.2f epochs), lr %g to %g, %s, %lld warmup steps%s\n", (long long)o.steps,
-           (long long)run.tokens_per_step(), (double)o.steps * o.batch * o.accum / run.train.count, o.lr, o.min_lr, o.schedule.c_str(),
-           (long long)o.warmup, run.model.moments == Type::bf16 ? "; m and v in bf16" : "");
-    printf("memory   | %.2f GB of %.2f GB available; %.1f GFLOP a step\n", needed * 1e-9, available_memory() * 1e-9,
-           flops_per_token(c, o.seq) * run.tokens_per_step() * 1e-9);
+    if (o.sample_only) {
+        printf("memory   | %.2f GB of %.2f GB available\n", needed * 1e-9, available_memory() * 1e-9);
+    } else {
+        printf("data     | %s: %s, %.2fM tokens, %lld windows of %d to train on, %lld held out%s\n", o.data.c_str(),
+               Corpus::format(run.train_data.kind).name, run.train_data.tokens * 1e-6, (long long)run.train.count, o.seq, (long long)run.val.count,
+               o.val.empty() ? "" : " from --val");
+        if (run.bytes && c.vocab == 256) printf("         | tokens are bytes: bits per byte = loss / ln 2\n");
+        printf("schedule | %lld steps of %lld tokens (%.2f epochs), lr %g to %g, %s, %lld warmup steps%s\n", (long long)o.steps,
+               (long long)run.tokens_per_step(), (double)o.steps * o.batch * o.accum / run.train.count, o.lr, o.min_lr, o.schedule.c_str(),
+               (long long)o.warmup, run.model.moments == Type::bf16 ? "; m and v in bf16" : "");
+        printf("memory   | %.2f GB of %.2f GB available; %.1f GFLOP a step\n", needed * 1e-9, available_memory() * 1e-9,
+               flops_per_token(c, o.seq) * run.tokens_per_step() * 1e-9);
+    }
     if (!o.out.empty()) printf("output   | %s%s%s\n", o.out.c_str(), checkpoint.empty() ? "" : ", resumed from ", checkpoint.c_str());
 }
 
@@ -948,7 +971,7 @@ int main(int argc, char** argv) {
     // What that means here: machine, data, shape, precision. After this the options are complete: no zero stands for a default.
     start_machine(run);
     Config config = resolve_data(run, given, checkpoint, weights);
-    resolve_text(run, config.vocab);
+    resolve_text(run, config.vocab, resuming || given.count("--data"));
     Precision precision = resolve_precision(o);
     check_shapes(o, precision, config);
     if (!training && !resuming && is_split(precision.eval))

@@ -15,6 +15,7 @@ Timing decides nothing: where a signal has to arrive in the middle of a run, the
 """
 import argparse
 import array
+import base64
 import collections
 import contextlib
 import fcntl
@@ -1238,6 +1239,32 @@ def evaluation():
                                                      "--prompt": prompt, "--seq": seq, "--sample-tokens": 6}).out)
         for prompt in ("once upon", "a", "the cat sat on", "who?"):
             assert likely(prompt, 20) == likely(prompt, 64), prompt
+    with case("--sample-only needs no data: of a checkpoint whose data are gone, of weights alone"):
+        os.makedirs("elsewhere/no_data")
+        shutil.copy("text.txt", "elsewhere/text.txt")
+        run({**MICRO, "--steps": 30, "--sample-tokens": 40, "--eval-batches": 1, "--out": "talk"}, cwd="elsewhere")
+        os.remove("elsewhere/text.txt")
+        assert text_of(run({"--resume": "elsewhere/talk", "--sample-only": True}).out) == trained
+        way = {"--sample-only": True, "--temperature": 0, "--seq": 32, "--sample-tokens": 20, "--prompt": "once"}
+        alone = run({"--model": f"../talk/{last}", **way}, cwd="elsewhere/no_data").out
+        assert text_of(alone) == text_of(run({"--model": f"talk/{last}", "--data": "text.txt", **way}).out) and "data  " not in alone, alone
+        assert "elsewhere/text.txt" in run({"--resume": "elsewhere/talk", "--eval-only": True}, status=2).err
+    with case("--sample-only: bytes or --tokenizer's tokens, as vocabulary, data's name and tokenizer say"):
+        ids = [i * 7 % 500 for i in range(3000)]
+        write_shard("ids.bin", ids)
+        with open("byte_ranks", "w") as f:
+            f.write("".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)))
+        short = {**SMALL, "--steps": 2, "--eval-batches": 1, "--save-every": 0}
+        run({**short, "--data": "ids.bin", "--vocab": 512, "--out": "tokens"})
+        run({**short, "--vocab": 300, "--out": "wide_bytes"})
+        os.remove("ids.bin")
+        only = {"--sample-only": True, "--sample-tokens": 3}
+        for way in ({"--resume": "tokens"}, {"--model": "tokens/step_00000002"}, {"--model": "wide_bytes/step_00000002"}):
+            assert "--sample-only needs --tokenizer" in run({**way, **only}, status=2).err, way
+        for way in ({"--resume": "tokens", "--tokenizer": "byte_ranks"}, {"--model": "tokens/step_00000002", "--tokenizer": "byte_ranks"},
+                    {"--resume": "wide_bytes"}, {"--model": "wide_bytes/step_00000002", "--data": "text.txt"}):
+            assert ", 3 tokens" in run({**way, **only}).out, way
+        assert "--tokenizer contradicts" in run({"--resume": "wide_bytes", "--tokenizer": "byte_ranks", **only}, status=2).err
     with untouched("talk"):
         say = lambda change: text_of(run({"--resume": "talk", "--sample-only": True, "--sample-tokens": 12, **change}).out)
         with case("--sample-only: a prompt is kept, also one longer than --seq"):
