@@ -3,9 +3,10 @@
 //     parse()          words -> Options, and which options were given
 //     saved_options()  Options -> JSON of texts, for state.json and the first line of log.jsonl
 //     adopt_options()  that JSON -> Options, at --resume
+//     find_useless()   the first option that was given and has no effect in this kind of invocation
 //
-// A new option is a field of Options and a row of option_table(); whether a resumed run may change it is a
-// column of the row. Errors end the program with one line and status 2 (fail() in host.h).
+// A new option is a field of Options and a row of option_table(); whether a resumed run may change it, and whether it means anything to
+// --eval-only, are columns of the row. Errors end the program with one line and status 2 (fail() in host.h).
 #pragma once
 #include "config.h"         // presets
 #include "data.h"           // printable
@@ -63,11 +64,16 @@ struct Options {
 //     here    of this invocation alone, such as --threads or --out
 enum class Lives { run, kept, here };
 
+// What an option means something to, a sum of: training, --eval-only, --sample-only. (--steps says how far a checkpoint has come,
+// --sample-tokens 0 is true of an evaluation.)
+enum Serves { trains = 1, evaluates = 2, samples = 4, always = 7 };
+
 struct Option {
     const char* name;
     const char* value;                        // what --help calls its value; null: a flag. "[...]": may be left out
     std::variant<bool*, int*, int64_t*, double*, std::string*> at;
     Lives lives;
+    int serves;
     double low, high;                         // bounds of numbers
     const char* usual;                        // the default as --help says it; null: the initial value
     const char* help;
@@ -80,80 +86,80 @@ inline std::vector<Option> option_table(Options& o) {
     const int most = 1 << 20;
     const auto run = Lives::run, kept = Lives::kept, here = Lives::here;
     return {
-        {"--model", "NAME|PATH", &o.model, run, 0, 0, "tiny; 125m on a GPU",
+        {"--model", "NAME|PATH", &o.model, run, always, 0, 0, "tiny; 125m on a GPU",
             "a preset (see below), a Hugging Face config.json, or a folder with one and its weights", "Model"},
-        {"--layers", "N", &o.layers, run, 1, 1000, "the preset's", "transformer blocks"},
-        {"--dim", "N", &o.dim, run, 2, most, "the preset's", "width of the residual stream"},
-        {"--heads", "N", &o.heads, run, 1, 1024, "the preset's", "query heads"},
-        {"--kv-heads", "N", &o.kv_heads, run, 1, 1024, "the preset's", "key/value heads"},
-        {"--ffn", "N", &o.ffn, run, 1, most, "the preset's", "inner width of SwiGLU"},
-        {"--vocab", "N", &o.vocab, run, 2, 1 << 24, "the data's", "vocabulary, padded to a multiple of 128 unless given"},
+        {"--layers", "N", &o.layers, run, always, 1, 1000, "the preset's", "transformer blocks"},
+        {"--dim", "N", &o.dim, run, always, 2, most, "the preset's", "width of the residual stream"},
+        {"--heads", "N", &o.heads, run, always, 1, 1024, "the preset's", "query heads"},
+        {"--kv-heads", "N", &o.kv_heads, run, always, 1, 1024, "the preset's", "key/value heads"},
+        {"--ffn", "N", &o.ffn, run, always, 1, most, "the preset's", "inner width of SwiGLU"},
+        {"--vocab", "N", &o.vocab, run, always, 2, 1 << 24, "the data's", "vocabulary, padded to a multiple of 128 unless given"},
 
-        {"--recipe", "NAME", &o.recipe, run, 0, 0, "metis; bf16 for --eval-only and --sample-only of a model's weights",
+        {"--recipe", "NAME", &o.recipe, run, always, 0, 0, "metis; bf16 for --eval-only and --sample-only of a model's weights",
             "how GEMM operands are prepared: a row of --list-recipes", "Precision"},
-        {"--set", "CHANGES", &o.set, run, 0, 0, "none",
+        {"--set", "CHANGES", &o.set, run, always, 0, 0, "none",
             "change cells of the recipe: wgrad_d.rounding=stochastic,all.scale=headroom"},
-        {"--list-recipes", nullptr, &o.list_recipes, here, 0, 0, nullptr, "print the recipe table (with --set: changed) and exit"},
-        {"--bf16-first", "N", &o.bf16_first, run, 0, 1000, nullptr, "blocks at the start whose linear layers stay in bf16"},
-        {"--bf16-last", "N", &o.bf16_last, run, 0, 1000, "the recipe's", "blocks at the end whose linear layers stay in bf16"},
-        {"--bf16-layers", "LIST", &o.bf16_layers, run, 0, 0, "none",
+        {"--list-recipes", nullptr, &o.list_recipes, here, always, 0, 0, nullptr, "print the recipe table (with --set: changed) and exit"},
+        {"--bf16-first", "N", &o.bf16_first, run, always, 0, 1000, nullptr, "blocks at the start whose linear layers stay in bf16"},
+        {"--bf16-last", "N", &o.bf16_last, run, always, 0, 1000, "the recipe's", "blocks at the end whose linear layers stay in bf16"},
+        {"--bf16-layers", "LIST", &o.bf16_layers, run, always, 0, 0, "none",
             "layers that stay in bf16 in every block, of qkv,o,gate_up,down; the head always does"},
-        {"--bf16-end", "X", &o.bf16_end, run, 0, 1, nullptr, "the last part of training, 0 to 1, that goes on in bf16"},
-        {"--bf16-end-gemms", "WHICH", &o.bf16_end_gemms, run, 0, 0, nullptr, "what --bf16-end turns to bf16: fprop or all"},
-        {"--eval-recipe", "NAME", &o.eval_recipe, kept, 0, 0, "the run's, rounded to nearest", "evaluate and sample by another row"},
-        {"--shadow-every", "N", &o.shadow_every, kept, 0, big, "0: never",
+        {"--bf16-end", "X", &o.bf16_end, run, always, 0, 1, nullptr, "the last part of training, 0 to 1, that goes on in bf16"},
+        {"--bf16-end-gemms", "WHICH", &o.bf16_end_gemms, run, always, 0, 0, nullptr, "what --bf16-end turns to bf16: fprop or all"},
+        {"--eval-recipe", "NAME", &o.eval_recipe, kept, always, 0, 0, "the run's, rounded to nearest", "evaluate and sample by another row"},
+        {"--shadow-every", "N", &o.shadow_every, kept, trains, 0, big, "0: never",
             "steps between shadow steps: the batch once more in bf16, gradients compared"},
-        {"--stats-every", "N", &o.stats_every, kept, 0, big, nullptr,
+        {"--stats-every", "N", &o.stats_every, kept, trains, 0, big, nullptr,
             "steps between quantisation statistics in log.jsonl; 0: none"},
 
-        {"--data", "FILES", &o.data, run, 0, 0, nullptr,
+        {"--data", "FILES", &o.data, run, always, 0, 0, nullptr,
             "text or llm.c .bin shards: paths or quoted globs, comma-separated", "Data"},
-        {"--val", "FILES", &o.val, run, 0, 0, "the last 1% of --data", "held-out data"},
-        {"--tokenizer", "FILE", &o.tokenizer, kept, 0, 0, "bytes",
+        {"--val", "FILES", &o.val, run, trains | evaluates, 0, 0, "the last 1% of --data", "held-out data"},
+        {"--tokenizer", "FILE", &o.tokenizer, kept, always, 0, 0, "bytes",
             "tiktoken ranks or llm.c's gpt2_tokenizer.bin, to show samples of token data as text"},
 
-        {"--steps", "N", &o.steps, run, 1, big, nullptr, "optimiser steps in the whole run", "Training"},
-        {"--batch", "N", &o.batch, run, 1, most, "the preset's", "sequences per micro-batch"},
-        {"--seq", "N", &o.seq, run, 1, most, "the preset's", "tokens per sequence"},
-        {"--accum", "N", &o.accum, run, 1, 65535, nullptr, "micro-batches per step"},
-        {"--lr", "X", &o.lr, run, 1e-12, 1e3, "the preset's", "peak learning rate"},
-        {"--min-lr", "X", &o.min_lr, run, 0, 1e3, "a tenth of --lr", "learning rate at the end"},
-        {"--warmup", "N", &o.warmup, run, 0, big, "5% of --steps", "steps of linear warmup"},
-        {"--schedule", "NAME", &o.schedule, run, 0, 0, nullptr,
+        {"--steps", "N", &o.steps, run, always, 1, big, nullptr, "optimiser steps in the whole run", "Training"},
+        {"--batch", "N", &o.batch, run, always, 1, most, "the preset's", "sequences per micro-batch"},
+        {"--seq", "N", &o.seq, run, always, 1, most, "the preset's", "tokens per sequence"},
+        {"--accum", "N", &o.accum, run, trains, 1, 65535, nullptr, "micro-batches per step"},
+        {"--lr", "X", &o.lr, run, trains, 1e-12, 1e3, "the preset's", "peak learning rate"},
+        {"--min-lr", "X", &o.min_lr, run, trains, 0, 1e3, "a tenth of --lr", "learning rate at the end"},
+        {"--warmup", "N", &o.warmup, run, trains, 0, big, "5% of --steps", "steps of linear warmup"},
+        {"--schedule", "NAME", &o.schedule, run, trains, 0, 0, nullptr,
             "after warmup: cosine, wsd (linear over the last 20%) or constant"},
-        {"--clip", "X", &o.clip, run, 0, 1e9, nullptr, "largest norm of the gradient; 0: no clipping"},
-        {"--decay", "X", &o.decay, run, 0, 1e3, nullptr, "AdamW's weight decay, on matrices only"},
-        {"--moments", "TYPE", &o.moments, run, 0, 0, nullptr,
+        {"--clip", "X", &o.clip, run, trains, 0, 1e9, nullptr, "largest norm of the gradient; 0: no clipping"},
+        {"--decay", "X", &o.decay, run, trains, 0, 1e3, nullptr, "AdamW's weight decay, on matrices only"},
+        {"--moments", "TYPE", &o.moments, run, trains, 0, 0, nullptr,
             "AdamW's m and v: f32, or bf16, rounded stochastically, in half the memory"},
-        {"--seed", "N", &o.seed, run, 0, big, nullptr, "of initialisation, data order and rounding"},
-        {"--threads", "N", &o.threads, here, 1, 4096, "all cores", "CPU threads; results do not depend on it"},
-        {"--recompute", "WHAT", &o.recompute, kept, 0, 0, nullptr,
+        {"--seed", "N", &o.seed, run, always, 0, big, nullptr, "of initialisation, data order and rounding"},
+        {"--threads", "N", &o.threads, here, always, 1, 4096, "all cores", "CPU threads; results do not depend on it"},
+        {"--recompute", "WHAT", &o.recompute, kept, trains, 0, 0, nullptr,
             "activations computed again in backward: none, norms (and SwiGLU) or block; same results"},
-        {"--graphs", nullptr, &o.graphs, here, 0, 0, nullptr,
+        {"--graphs", nullptr, &o.graphs, here, trains, 0, 0, nullptr,
             "on a GPU: record each block's launches as a CUDA graph and replay it; same results"},
 
-        {"--eval-every", "N", &o.eval_every, kept, 0, big, nullptr, "steps between evaluations; 0: only at the end", "Watching"},
-        {"--eval-batches", "N", &o.eval_batches, kept, 1, most, nullptr, "batches per evaluation"},
-        {"--eval-only", nullptr, &o.eval_only, here, 0, 0, nullptr,
+        {"--eval-every", "N", &o.eval_every, kept, trains, 0, big, nullptr, "steps between evaluations; 0: only at the end", "Watching"},
+        {"--eval-batches", "N", &o.eval_batches, kept, trains | evaluates, 1, most, nullptr, "batches per evaluation"},
+        {"--eval-only", nullptr, &o.eval_only, here, always, 0, 0, nullptr,
             "evaluate a checkpoint (--resume) or a model's weights (--model PATH) and exit"},
-        {"--sample-every", "N", &o.sample_every, kept, 0, big, nullptr, "steps between samples; 0: only at the end"},
-        {"--sample-tokens", "N", &o.sample_tokens, kept, 0, most, nullptr, "tokens per sample; 0: no samples"},
-        {"--sample-only", nullptr, &o.sample_only, here, 0, 0, nullptr,
+        {"--sample-every", "N", &o.sample_every, kept, trains, 0, big, nullptr, "steps between samples; 0: only at the end"},
+        {"--sample-tokens", "N", &o.sample_tokens, kept, always, 0, most, nullptr, "tokens per sample; 0: no samples"},
+        {"--sample-only", nullptr, &o.sample_only, here, always, 0, 0, nullptr,
             "print one sample of a checkpoint or of a model's weights and exit"},
-        {"--prompt", "TEXT", &o.prompt, kept, 0, 0, "a document's start", "what samples begin with"},
-        {"--temperature", "X", &o.temperature, kept, 0, 100, nullptr, "of sampling; 0: the likeliest token"},
-        {"--top-k", "N", &o.top_k, kept, 0, 1 << 24, nullptr, "sample from the k likeliest; 0: from all"},
-        {"--top-p", "X", &o.top_p, kept, 1e-6, 1, nullptr, "sample from the likeliest that hold this probability"},
-        {"--profile", "N", &o.profile, here, 1, most, "off", "profile N steps, print a table of kernels and exit"},
+        {"--prompt", "TEXT", &o.prompt, kept, trains | samples, 0, 0, "a document's start", "what samples begin with"},
+        {"--temperature", "X", &o.temperature, kept, trains | samples, 0, 100, nullptr, "of sampling; 0: the likeliest token"},
+        {"--top-k", "N", &o.top_k, kept, trains | samples, 0, 1 << 24, nullptr, "sample from the k likeliest; 0: from all"},
+        {"--top-p", "X", &o.top_p, kept, trains | samples, 1e-6, 1, nullptr, "sample from the likeliest that hold this probability"},
+        {"--profile", "N", &o.profile, here, trains, 1, most, "off", "profile N steps, print a table of kernels and exit"},
 
-        {"--out", "DIR", &o.out, here, 0, 0, "none",
+        {"--out", "DIR", &o.out, here, trains, 0, 0, "none",
             "folder for log.jsonl and checkpoints; must be empty or new, unless resuming", "Files"},
-        {"--save-every", "N", &o.save_every, kept, 0, big, nullptr, "steps between checkpoints (with --out); 0: only at the end"},
-        {"--keep", "N", &o.keep, kept, 1, most, nullptr, "checkpoints kept"},
-        {"--resume", "[DIR]", &o.resume, here, 0, 0, "off",
+        {"--save-every", "N", &o.save_every, kept, trains, 0, big, nullptr, "steps between checkpoints (with --out); 0: only at the end"},
+        {"--keep", "N", &o.keep, kept, trains, 1, most, nullptr, "checkpoints kept"},
+        {"--resume", "[DIR]", &o.resume, here, always, 0, 0, "off",
             "continue the run in --out (or in DIR, or from the checkpoint DIR, removing later ones)"},
-        {"--dry-run", nullptr, &o.dry_run, here, 0, 0, nullptr, "print memory, FLOPs and disk needed, and exit"},
-        {"--help", nullptr, &o.help, here, 0, 0, nullptr, "this text"},
+        {"--dry-run", nullptr, &o.dry_run, here, always, 0, 0, nullptr, "print memory, FLOPs and disk needed, and exit"},
+        {"--help", nullptr, &o.help, here, always, 0, 0, nullptr, "this text"},
     };
 }
 
@@ -239,6 +245,18 @@ inline void print_help(const std::vector<Option>& table) {
     printf("\nPresets (named by parameters without embedding and head)\n  %-12s layers  dim heads kv   ffn batch  seq   lr\n", "name");
     for (const Preset& p : presets)
         printf("  %-12s %6d %4d %5d %2d %5d %5d %4d %g\n", p.name, p.layers, p.dim, p.heads, p.kv_heads, p.ffn, p.batch, p.seq, p.lr);
+}
+
+// The first option that was given and cannot have an effect with --eval-only or --sample-only, or null. With --resume an option of the
+// trajectory is no such: adopt_options() has compared it with the run's. Nor is --out, which then names the run.
+inline const Option* find_useless(const Options& o, const std::vector<Option>& table, const std::set<std::string>& given) {
+    int job = o.eval_only ? evaluates : o.sample_only ? samples : trains;
+    bool resuming = given.count("--resume");
+    for (const Option& t : table) {
+        bool repeated = resuming && (t.lives == Lives::run || !strcmp(t.name, "--out"));
+        if (given.count(t.name) && !(t.serves & job) && !repeated) return &t;
+    }
+    return nullptr;
 }
 
 // Every option that outlives this invocation, by name, as text: {"model": "tiny", "lr": "0.003", ...}. Text, since it is compared with

@@ -53,7 +53,7 @@ struct Run {
 
 // What can be judged by the options alone. After adopt_options(): a resumed run's options are judged like new ones.
 // Names before combinations: a mistyped --schedule should not be reported as something else.
-static void check_options(const Options& o, const std::set<std::string>& given) {
+static void check_options(const Options& o, const std::vector<Option>& table, const std::set<std::string>& given) {
     auto one_of = [](const char* name, const std::string& value, std::vector<std::string> allowed) {
         std::string all;
         for (const std::string& a : allowed) {
@@ -84,6 +84,7 @@ static void check_options(const Options& o, const std::set<std::string>& given) 
     if (o.profile && !o.out.empty() && !resuming) fail("--profile writes nothing: leave --out away");
     if (!o.trains() && !resuming && !is_directory(o.model))
         fail("%s needs trained weights: add --resume DIR, or --model with a folder that has model.safetensors", only);
+    if (const Option* useless = find_useless(o, table, given)) fail("%s has no effect with %s: leave it away", useless->name, only);
     if (o.out.empty() && !resuming)
         for (const char* name : {"--save-every", "--keep"})
             if (given.count(name)) fail("%s has no effect without --out DIR", name);
@@ -963,7 +964,7 @@ int main(int argc, char** argv) {
         else if (!training) fail("%s has no checkpoint yet: there is nothing to %s", o.out.c_str(), o.eval_only ? "evaluate" : "sample");
     }
     if (!resuming && !training && !given.count("--recipe")) o.recipe = "bf16";   // weights alone have no bases
-    check_options(o, given);
+    check_options(o, table, given);
     if (o.profile && o.steps - run.step < 2)
         fail("nothing to profile: the first step only warms up, and --steps %lld leaves %lld; %s", (long long)o.steps,
              (long long)(o.steps - run.step), resuming ? "resume an older checkpoint, or profile a new run" : "raise --steps");

@@ -1224,6 +1224,18 @@ def evaluation():
             assert older != one[1], f"step 40 and step 80 give {older}"
             shape = {k: WHOLE[k] for k in ("--data", "--batch", "--seq", "--eval-batches")}
             assert printed(run({**shape, "--model": final, "--eval-only": True}).out)[1] == one[1], "as --model it differs"
+        with case("--eval-only and --sample-only refuse what has no effect with them, but not a run's own options repeated"):
+            weights = {"--model": final, "--data": "text.txt", "--batch": 4, "--seq": 32}
+            for only, way, name, value in (("--eval-only", weights, "--lr", 0.1), ("--eval-only", weights, "--out", "never"),
+                    ("--eval-only", weights, "--warmup", 9), ("--eval-only", weights, "--prompt", "once"), ("--eval-only", weights, "--keep", 3),
+                    ("--eval-only", {"--resume": out}, "--keep", 3), ("--eval-only", {"--resume": out}, "--recompute", "block"),
+                    ("--sample-only", {"--model": final}, "--out", "never"), ("--sample-only", {"--model": final}, "--eval-batches", 2),
+                    ("--sample-only", {"--model": final}, "--val", "text.txt"), ("--sample-only", {"--resume": out}, "--save-every", 5)):
+                err = run({**way, only: True, name: value}, status=2).err
+                assert f"{name} has no effect with {only}" in err, err
+            again = run({"--resume": True, "--out": out, "--eval-only": True, "--lr": 0.003, "--steps": STEPS})
+            assert printed(again.out)[1] == one[1], again.out
+            assert "contradicts the run" in run({"--resume": out, "--eval-only": True, "--lr": 0.1}, status=2).err
         with case("--eval-only with other --eval-batches sees other windows"):
             more = printed(run({"--resume": out, "--eval-only": True, "--eval-batches": 4}).out)[1]
             assert more != one[1], more
