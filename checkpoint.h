@@ -39,6 +39,15 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors data is co
 // ---------------------------------------------------------------------------------------------------------------------------
 // The tensor table, shared with llama.cuh
 
+// The program fuses what one GEMM multiplies, Hugging Face names the parts. Of `tiny` (dim 192, 3 query heads and 1 key/value head of 64)
+// the row "layers.0.qkv", 320 x 192, has the parts
+//
+//     model.layers.0.self_attn.q_proj.weight   rows   0 .. 191
+//     model.layers.0.self_attn.k_proj.weight   rows 192 .. 255
+//     model.layers.0.self_attn.v_proj.weight   rows 256 .. 319
+//
+// which lie one behind the other in memory as in the row, so that reading and writing them copies runs of floats and nothing else.
+
 struct TensorPart { std::string name; int64_t rows; };   // one Hugging Face tensor: `rows` consecutive rows of a fused one
 
 struct Tensor {                    // one row of the model's tensor table
@@ -184,6 +193,9 @@ struct StoredTensor {              // one tensor of an open file
     }
 };
 
+// Files come from anywhere, so nothing in a header is believed before it is checked: that lengths multiply without overflow, that a
+// tensor's bytes are what its type and shape take, and that all of them fill the file without a hole or an overlap. After the constructor
+// every tensor's `data` is good for `count` elements.
 struct SafeTensors {               // one file, mapped; its header is checked in full before anything is read
     MappedFile file;
     std::map<std::string, StoredTensor> tensors;
@@ -298,7 +310,8 @@ struct WeightFiles {
     }
 };
 
-// Calls f(name, shape, offset) for each Hugging Face tensor of the table.
+// Calls f(name, shape, offset) for each Hugging Face tensor of the table; offset: of its first element in an arena. In the table's order,
+// which is that of the files.
 template <class F> void for_parts(const std::vector<Tensor>& tensors, F f) {
     for (const Tensor& t : tensors) {
         size_t offset = t.offset;
@@ -313,6 +326,7 @@ template <class F> void for_parts(const std::vector<Tensor>& tensors, F f) {
 // Reads each tensor of the table, under its Hugging Face name + suffix, into each of `arenas`. Missing tensors, wrong shapes, tensors
 // of another type than `dtype` ("": any that holds floats) and tensors that the model has no place for fail before a sink is called.
 inline void load_tensors(const WeightFiles& from, const std::vector<Tensor>& tensors, const Arenas<FloatSink>& arenas, const std::string& dtype = "") {
+    // First everything is looked up and judged, then the unexpected is, and only then the first float moves.
     struct Load { const StoredTensor* stored; size_t offset; const FloatSink* sink; };
     std::vector<Load> loads;
     std::set<std::string> wanted;
@@ -339,6 +353,7 @@ inline void load_tensors(const WeightFiles& from, const std::vector<Tensor>& ten
             extra->refuse("differs from model.embed_tokens.weight, to which the model ties it");
     }
 
+    // Piece by piece through one buffer; the file is mapped, so this is also where it is read from disk.
     std::vector<float> buffer;
     for (const Load& l : loads)
         for (size_t first = 0; first < l.stored->count; first += tensor_piece) {
@@ -383,6 +398,7 @@ struct FileWriter {
         }
     }
     void write(const std::string& text) { write(text.data(), text.size()); }
+    // On disk, and closed. A file system may report a failed write only now.
     bool finish() {
         while (error.empty() && fsync(fd) != 0) if (errno != EINTR) refuse();
         if (fd >= 0 && ::close(fd) != 0) refuse();
@@ -412,6 +428,7 @@ inline void write_file_atomically(const std::string& path, const std::string& te
     }
 }
 
+// A header needs every tensor's size, but no data: sources are asked for it later, piece by piece, while the file is being written.
 struct TensorEntry {               // a tensor to write
     std::string name;
     std::vector<int64_t> shape;
@@ -448,6 +465,7 @@ inline void write_safetensors(FileWriter& out, const std::vector<TensorEntry>& e
     uint64_t length = text.size();
     out.write(&length, 8);
     out.write(text);
+    // A float that is a bf16 value has its bits in the upper half; the lower half is zero. Little-endian: the upper half comes last.
     std::vector<uint16_t> half;
     for (const TensorEntry& e : entries)
         for (size_t first = 0, n = count(e); first < n && out.error.empty(); first += tensor_piece) {
@@ -549,6 +567,15 @@ struct CheckpointFile { std::string name; std::vector<TensorEntry> entries; };  
 
 // Writes OUT/step_NNNNNNNN and returns its path. `config` is the text of config.json, `state` a JSON object; "step" and "files"
 // are added to it. A failing write removes what it wrote and fails with a line that says which checkpoint to resume from.
+//
+//     what is done                                          what a power cut right after it leaves
+//     mkdir step_00000250.tmp; files, each fsynced          a .tmp: swept at the next start
+//     state.json, last: sizes and checksums of the others   the same
+//     fsync of the folder: its names are on disk            the same, now whole
+//     rename to step_00000250                               either name, and whole under both
+//     fsync of OUT: the rename is on disk                   step_00000250
+//
+// The caller deletes older checkpoints after that, never before.
 inline std::string save_checkpoint(const std::string& out, int64_t step, const std::string& config,
                                    const std::vector<CheckpointFile>& files, nlohmann::ordered_json state) {
     std::string dir = checkpoint_path(out, step), tmp = dir + ".tmp", error;
@@ -587,7 +614,8 @@ inline std::string save_checkpoint(const std::string& out, int64_t step, const s
     fail("%s; this checkpoint is not kept, %s is intact: mend the cause, then --resume it", error.c_str(), intact.c_str());
 }
 
-// Checks that every file of a checkpoint is there and is what was written, by size and checksum; returns its state.json.
+// Checks that every file of a checkpoint is there and is what was written, by size and checksum; returns its state.json. Reads all of it
+// once: a flipped bit in a moment would otherwise show, if ever, as a run that is not the same.
 inline nlohmann::ordered_json open_checkpoint(const std::string& directory) {
     std::string dir = directory;
     while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
@@ -623,7 +651,11 @@ inline nlohmann::ordered_json open_checkpoint(const std::string& directory) {
 }
 
 // Cuts log.jsonl back to a checkpoint's step: keeps the first line (the options, written atomically) and every line after it up
-// to the first that is of a later step, or torn by a kill, or otherwise no JSON object with a "step".
+// to the first that is of a later step, or torn by a kill, or otherwise no JSON object with a "step". Resuming from step 2:
+//
+//     {"options":...}                   kept
+//     {"step":1,...}  {"step":2,...}    kept
+//     {"step":3,...}  {"step":4,"lo     cut: the resumed run writes them again, with the same losses
 inline void truncate_log(const std::string& path, int64_t step) {
     MappedFile log(path);
     const char* text = (const char*)log.data;

@@ -125,7 +125,7 @@ struct Corpus {
         return n;
     }
 
-    // inputs[t] and targets[t], t < seq, of window `index` < windows(seq). Walks the list of shards: a thousand of them cost
+    // inputs[t] and targets[t], t < seq, of window `index` < windows(seq): targets are inputs one token later. Walks the list of shards: a thousand of them cost
     // microseconds, and no table has to be kept for each seq.
     void window(int64_t index, int seq, int32_t* inputs, int32_t* targets) const {
         int64_t left = index;
@@ -294,7 +294,8 @@ inline bool base64_decode(const char* s, size_t n, std::string* out) {
 // starts at i ends, by the published patterns
 //     GPT-2     '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //     LLaMA-3   (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-// written out for ASCII, where it agrees with them. Bytes from 0x80 count as letters: text with other digits, punctuation, spaces
+// " Hello, it's 2024  now" -> " Hello" "," " it" "'s" " 2024" " " " now" by GPT-2's; by LLaMA-3's " 2024" is " " "202" "4".
+// Written out for ASCII, where it agrees with them. Bytes from 0x80 count as letters: text with other digits, punctuation, spaces
 // or emoji may be cut elsewhere than the original cuts it. The ids then differ, the text that they spell does not.
 inline size_t chunk_end(const std::string& s, size_t i, bool llama3) {
     enum { END, LETTER, DIGIT, SPACE, MARK };
@@ -386,6 +387,9 @@ private:
 
     // Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) as tiktoken does it: a chunk that is a token stays whole; else,
     // from single bytes, the two neighbours whose joined bytes have the lowest rank become one, until no neighbours are a token.
+    //
+    //     "lower", where lo has rank 5, we 7, low 9, er 3 and lower none:   l o w e r -> l o w er -> lo w er -> low er: 2 ids
+    //
     // Quadratic in the chunk, so meant for prompts: data come tokenised.
     void merge(const std::string& chunk, std::vector<int>* ids) const {
         auto find = [&](size_t from, size_t to) {
@@ -408,7 +412,7 @@ private:
         for (size_t p = 0; p + 1 < cut.size(); p++) ids->push_back(find(cut[p], cut[p + 1]));
     }
 
-    // Lines of "base64 rank", in any order; ranks 0, 1, 2, ... each once. Special tokens are not in the file: 256 follow LLaMA-3's
+    // Lines of "base64 rank" ("IQ== 0" is "!", token 0), in any order; ranks 0, 1, 2, ... each once. Special tokens are not in the file: 256 follow LLaMA-3's
     // 128000, one follows GPT-2's 50256, and the two vocabularies are known by that count.
     void read_ranks(const MappedFile& file) {
         const char *name = file.path.c_str(), *p = (const char*)file.data, *stop = p + file.size;
@@ -467,7 +471,7 @@ private:
     }
 };
 
-// What a model says may be any bytes, and a terminal obeys some of them. Keeps valid UTF-8, newline and tab; each invalid byte and
+// What a model says may be any bytes, and a terminal obeys some of them: "\x1b[2J" clears it. Keeps valid UTF-8, newline and tab; each invalid byte and
 // each control character (C0, DEL, C1, and those that turn the direction of writing) becomes U+FFFD.
 inline std::string printable(const std::string& bytes) {
     static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};      // that n bytes may spell: a longer form is invalid
