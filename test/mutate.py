@@ -237,8 +237,9 @@ def mutate(mutation):
 def main():
     words, jobs = sys.argv[1:], 2
     if words == ["--lines"]:
-        lost = [m for m in MUTATIONS + SPLIT_MUTATIONS if open(os.path.join(ROOT, m[1])).read().count(m[2]) != 1]
-        print("".join(f"FAIL {m[0]}: its line is no longer in {m[1]}\n" for m in lost) + f"ok {len(MUTATIONS + SPLIT_MUTATIONS) - len(lost)} mutations find their lines")
+        everything = MUTATIONS + SPLIT_MUTATIONS + MOMENT_MUTATIONS
+        lost = [m for m in everything if open(os.path.join(ROOT, m[1])).read().count(m[2]) != 1]
+        print("".join(f"FAIL {m[0]}: its line is no longer in {m[1]}\n" for m in lost) + f"ok {len(everything) - len(lost)} mutations find their lines")
         sys.exit(bool(lost))
     if words[:1] == ["-j"] and len(words) > 1 and words[1].isdigit():
         jobs, words = int(words[1]), words[2:]
