@@ -59,6 +59,9 @@ inline MatmulKey matmul_key(const Mat& a, const Mat& b, int64_t m, int64_t n, in
 
 #ifdef __CUDACC__
 // ------------------------------------------------------------------------------------------------------------------- the GPU
+#if !defined(METIS_EMULATED) && CUDART_VERSION < 12090
+#error "metis.cu needs CUDA 12.9 or newer: make NVCC=/path/to/nvcc, or make GPU=0"
+#endif
 #define CUBLAS(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: %s (%s)", cublasLtGetStatusString(s_), #call); } while (0)
 
 struct MatmulPlans {
@@ -105,10 +108,35 @@ struct MatmulPlans {
         bool whole = m % 16 == 0 && n % 16 == 0 && k % (is_tensorwise(type_a) || type_a == Type::fp8_row ? 16 : 32) == 0;
         return native && pair && whole && find(key).found;
     }
-    // The same for a large GEMM of operands (outer x inner) of these types: asked first, once a pair, so that a GPU without them is asked no more.
+    // The same for a large GEMM of operands (outer x inner) of these types: asked first, once a pair, so that a GPU without them is asked no
+    // more. The heuristic is told neither of beta nor of where alpha lies, so a small product with both is made to see.
     bool serves(Type a, Type b) {
-        const float* scale = a == Type::mxfp8 || a == Type::fp8_row ? nullptr : factors;
-        return has(matmul_key({nullptr, a, 1024, false, scale}, {nullptr, b, 1024, true, scale}, 1024, 1024, 1024, 1024, Type::f32, false));
+        auto key = [=](int64_t m, int64_t n, int64_t k, bool add) {
+            const float* scale = a == Type::mxfp8 || a == Type::fp8_row ? nullptr : factors;
+            return matmul_key({nullptr, a, k, false, scale}, {nullptr, b, k, true, scale}, m, n, k, n, Type::f32, add);
+        };
+        const MatmulKey large = key(1024, 1024, 1024, false);
+        const bool known = cache.count(large);
+        if (!has(large)) return false;
+        if (!known) cache[large].found = has(key(128, 32, 64, true)) && runs(key(128, 32, 64, true));
+        return cache[large].found;
+    }
+    // Whether this plan's product is accepted, on zeros.
+    bool runs(const MatmulKey& key) {
+        const Plan& p = find(key);
+        const size_t part = 64 << 10, bytes = 4 * part;                           // each of A, B and C, and the scales of both, fits into one
+        char* zeros = (char*)device_alloc(bytes, "a trial product");
+        CUDA(cudaMemset(zeros, 0, bytes));
+        bool scaled = std::get<12>(key);
+        const float host[] = {1, 1};
+        const float *alpha = scaled ? factors + 1 : host, *beta = alpha;
+        set_scale(p, false, is_tensorwise(std::get<9>(key)) ? (const void*)(factors + 1) : zeros);
+        set_scale(p, true, is_tensorwise(std::get<8>(key)) ? (const void*)(factors + 1) : zeros);
+        cublasStatus_t status = cublasLtMatmul(handle, p.desc, alpha, zeros + part, p.a, zeros + 2 * part, p.b, beta, zeros + 3 * part, p.c, zeros + 3 * part, p.c,
+                                               &p.algo, workspace, workspace_bytes, nullptr);
+        CUDA(cudaDeviceSynchronize());
+        device_free(zeros, bytes);
+        return status == CUBLAS_STATUS_SUCCESS;
     }
 
     const Plan& plan(const MatmulKey& key) {
@@ -161,7 +189,7 @@ struct MatmulPlans {
         int found_count = 0;
         cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.a, p.b, p.c, p.c, preference, 1, &result, &found_count);
         cublasLtMatmulPreferenceDestroy(preference);
-        p.found = found_count > 0;
+        p.found = found_count > 0 && result.state == CUBLAS_STATUS_SUCCESS;
         if (p.found) p.algo = result.algo;
         return cache.emplace(key, p).first->second;
     }

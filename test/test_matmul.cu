@@ -196,6 +196,11 @@ static void test_native(Run& r) {
                 refused(sides(t, 64), sides(t, 64), 64, 64, 64), refused(sides(t, 64).transposed(), sides(t, 64).transposed(), 64, 64, 64);
             }
         });
+#ifdef METIS_EMULATED
+        setenv("EMULATED_NO_BETA", "1", 1);
+        with_plans(r, sm, true, [&] { r.verdict.note(!r.ctx.plans->serves(Type::fp8, Type::fp8), "products that are refused once they are asked for"); });
+        unsetenv("EMULATED_NO_BETA");
+#endif
         with_plans(r, sm, false, [&] { r.verdict.note(!r.ctx.plans->serves(Type::fp8, Type::fp8) && !r.ctx.plans->serves(Type::nvfp4, Type::nvfp4), "METIS_NATIVE=0 is not obeyed"); });
     }
     if (!served) printf("left out: native FP8 and FP4 GEMMs, which this GPU has not\n");
