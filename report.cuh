@@ -177,7 +177,8 @@ inline void list_recipes(const std::string& changes) {
         }
         printf("|\n");
     }
-    printf("\n%s", about.c_str());
+    printf("\n%s\n`--set WHICH.KEY=VALUE,...`: WHICH is %s ... %s, or a part of it (x, w, d, fprop, dgrad, wgrad), or all, or split:\n\n%s", about.c_str(),
+           operand_names[0], operand_names[operand_count - 1], set_table().c_str());
 }
 
 // FLOPs of one micro-batch by what they multiply. gemms: of the three GEMMs whose operands are both 4-bit codes, 2 l m n each, as the

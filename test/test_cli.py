@@ -1129,11 +1129,14 @@ def reports():
             for a, b in zip(listed(help_text), listed(block[1])):
                 assert a == b, f"--help says {a!r}, README.md says {b!r}"
             assert len(listed(help_text)) == len(listed(block[1])), "another number of options"
+        with case("README.md: between <!-- recipes --> and <!-- /recipes --> stands --list-recipes"):
+            block = re.search(r"<!-- recipes -->\n(.*?)<!-- /recipes -->", open(readme).read(), re.S)
+            assert block and block[1] == run(["--list-recipes"]).out, "python3 dev/readme.py build/cpu/train_llama"
     else:
         note("there is no README.md: its list of options is not compared")
     with case("--list-recipes: every row can be run"):
-        table = run(["--list-recipes"]).out.splitlines()
-        recipes = [line.split("|")[1].strip() for line in table[2:] if line.startswith("|")]
+        table = run(["--list-recipes"]).out.split("\n\n")[0].splitlines()
+        recipes = [line.split("|")[1].strip() for line in table[2:]]
         assert {"float", "bf16"} <= set(recipes), recipes
         assert set(accepted_recipes()) <= set(recipes)
         for recipe in recipes:

@@ -24,7 +24,7 @@ BASE = {**cli.MICRO, "--batch": 6, "--seq": 112, "--ffn": 160, "--steps": 4, "--
 
 def table(*options):
     """--list-recipes as {recipe: [its cells]}."""
-    lines = [line.split("|")[1:-1] for line in run(["--list-recipes", *options]).out.splitlines() if line.startswith("|")]
+    lines = [line.split("|")[1:-1] for line in run(["--list-recipes", *options]).out.split("\n\n")[0].splitlines()]
     return {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in lines[2:]}
 
 
