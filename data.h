@@ -125,8 +125,8 @@ struct Corpus {
         return n;
     }
 
-    // inputs[t] and targets[t], t < seq, of window `index` < windows(seq): targets are inputs one token later. Walks the list of shards: a thousand of them cost
-    // microseconds, and no table has to be kept for each seq.
+    // inputs[t] and targets[t], t < seq, of window `index` < windows(seq): targets are inputs one token later. Walks the list of
+    // shards: a thousand of them cost microseconds, and no table has to be kept for each seq.
     void window(int64_t index, int seq, int32_t* inputs, int32_t* targets) const {
         int64_t left = index;
         for (const Shard& s : shards) {
@@ -412,8 +412,8 @@ private:
         for (size_t p = 0; p + 1 < cut.size(); p++) ids->push_back(find(cut[p], cut[p + 1]));
     }
 
-    // Lines of "base64 rank" ("IQ== 0" is "!", token 0), in any order; ranks 0, 1, 2, ... each once. Special tokens are not in the file: 256 follow LLaMA-3's
-    // 128000, one follows GPT-2's 50256, and the two vocabularies are known by that count.
+    // Lines of "base64 rank" ("IQ== 0" is "!", token 0), in any order; ranks 0, 1, 2, ... each once. Special tokens are not in the
+    // file: 256 follow LLaMA-3's 128000, one follows GPT-2's 50256, and the two vocabularies are known by that count.
     void read_ranks(const MappedFile& file) {
         const char *name = file.path.c_str(), *p = (const char*)file.data, *stop = p + file.size;
         std::unordered_map<long, std::string> by_rank;

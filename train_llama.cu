@@ -363,8 +363,10 @@ static void training_batch(const Run& run, int64_t micro, std::vector<int>& toke
 //
 // The step's loss is the mean over all batch x seq x accum tokens. So each token's gradient is scaled by 1 / (N accum) at the logits, where
 // the gradient begins, and the micro-batches' gradients simply add up: the sum is the gradient of one large batch, up to the order of
-// additions, and nothing has to be divided at the end. For --batch 2 --seq 4 --accum 3: N = 8, every token weighs 1/24. (A mean per micro-batch, then a mean of means, is the same here only because every
-// sequence has seq targets; the sum says it without that assumption.)
+// additions, and nothing has to be divided at the end. For --batch 2 --seq 4 --accum 3: N = 8, every token weighs 1/24.
+//
+// (A mean per micro-batch, then a mean of means, is the same here only because every sequence has seq targets; the sum says it without
+// that assumption.)
 static float accumulate(Run& run, Use use) {
     Ctx& ctx = run.ctx;
     Model& m = run.model;
