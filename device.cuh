@@ -19,7 +19,6 @@
 #include <algorithm>    // std::min, std::max, std::sort
 #include <array>        // std::array
 #include <cmath>        // sqrt, fmaf
-#include <functional>   // std::function
 #include <map>          // std::map
 #include <memory>       // std::shared_ptr
 #include <string>       // std::string
@@ -64,6 +63,13 @@ HD float float_of(uint32_t u) {
     memcpy(&f, &u, 4);
     return f;
 }
+// Floats by their bits. x is a NaN if (bits_of(x) & 0x7fffffff) > infinity_bits; infinity_bits alone is the exponent field, all ones.
+constexpr uint32_t infinity_bits = 0x7f800000, quiet_nan_bits = 0x7fc00000;
+constexpr float float_max = 3.40282347e38f;
+
+// Elements of piece r of n elements cut into pieces of `chunk`, of which the last may be smaller.
+HD int piece(int64_t n, int64_t r, int64_t chunk) { return (int)(n - r * chunk < chunk ? n - r * chunk : chunk); }
+
 HD float  load(const float* p)  { return *p; }
 HD double load(const double* p) { return *p; }
 HD uint32_t load(const uint32_t* p) { return *p; }         // random words, which a kernel wants as they are
@@ -72,7 +78,7 @@ HD void store(float* p, float v)   { *p = v; }
 HD void store(double* p, double v) { *p = v; }
 HD void store(bf16* p, float v) {          // round to nearest even; a NaN keeps its sign and becomes quiet
     uint32_t u = bits_of(v);
-    uint32_t nan = (u & 0x7fffffff) > 0x7f800000;
+    uint32_t nan = (u & 0x7fffffff) > infinity_bits;
     p->bits = (uint16_t)(nan ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
@@ -80,7 +86,7 @@ HD void store(bf16* p, float v) {          // round to nearest even; a NaN keeps
 // finite neighbour is cut, a NaN keeps its sign and becomes quiet.
 HD float stochastic_bf16(float v, uint32_t r) {
     uint32_t u = bits_of(v), a = u & 0x7fffffff;
-    return float_of(((u + (a < 0x7f7f0000 ? r : 0)) & 0xffff0000u) | (a > 0x7f800000 ? 0x400000 : 0));
+    return float_of(((u + (a < 0x7f7f0000 ? r : 0)) & 0xffff0000u) | (a > infinity_bits ? 0x400000 : 0));
 }
 
 // v as an act_t would hold it, so that a kernel can go on with what it stores.
@@ -91,7 +97,7 @@ HD acc_t as_act(acc_t v) {
 }
 
 // A NaN or an infinity, told by its bits, so that no compiler flag can fold the question away.
-HD bool is_finite(float v) { return (bits_of(v) & 0x7f800000) != 0x7f800000; }
+HD bool is_finite(float v) { return (bits_of(v) & infinity_bits) != infinity_bits; }
 HD bool is_finite(double v) {
     uint64_t u;
     memcpy(&u, &v, 8);
@@ -115,7 +121,7 @@ HD float exp_(float x) {
     float y = fmaf(p, r * r, r) + 1.f;
     y *= float_of((bits_of(t) << 23) + 0x3f800000u);             // 2^n by its exponent bits
     y = x < -87.3f ? 0.f : y;
-    return x > 88.37f ? float_of(0x7f800000u) : y;
+    return x > 88.37f ? float_of(infinity_bits) : y;
 }
 HD double exp_(double x) { return exp(x); }
 
@@ -129,10 +135,10 @@ HD float log_(float x) {
     q = fmaf(q, z, 0.40000334f);
     q = fmaf(q, z, 0.6666666f);
     float y = fmaf((float)e, 0.693145752f, fmaf((float)e, 1.42860677e-6f, fmaf(q * z, s, 2.f * s)));
-    y = u < 0x00800000u ? -float_of(0x7f800000u) : y;
-    y = u >= 0x7f800000u ? x : y;
-    y = u == 0x80000000u ? -float_of(0x7f800000u) : y;
-    return u > 0x80000000u ? float_of(0x7fc00000u) : y;
+    y = u < 0x00800000u ? -float_of(infinity_bits) : y;
+    y = u >= infinity_bits ? x : y;
+    y = u == 0x80000000u ? -float_of(infinity_bits) : y;
+    return u > 0x80000000u ? float_of(quiet_nan_bits) : y;
 }
 HD double log_(double x) { return log(x); }
 
@@ -317,9 +323,9 @@ inline void device_free(void* p, size_t bytes) { munmap(p, std::max<size_t>(byte
 inline void to_device(Ctx&, void* dst, const void* src, size_t n) { memcpy(dst, src, n); }
 inline void to_host(Ctx&, void* dst, const void* src, size_t n) { memcpy(dst, src, n); }
 inline void set_zero(Ctx& ctx, void* p, size_t n) {
-    const size_t piece = 1 << 20;
+    const size_t megabyte = 1 << 20;
     #pragma omp parallel for schedule(static) num_threads(ctx.threads)
-    for (size_t i = 0; i < n; i += piece) memset((char*)p + i, 0, std::min(piece, n - i));
+    for (size_t i = 0; i < n; i += megabyte) memset((char*)p + i, 0, std::min(megabyte, n - i));
 }
 #endif
 
@@ -692,8 +698,8 @@ template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int
     start(ctx, rows_kernel<Tag, W, F>, (n + groups - 1) / groups, W < 128 ? 128 : W, 0, n, kernel);
 #else
     // Sixteen pieces a thread, taken as threads come free: a core that is slower, or busy with something else, delays less.
-    int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
-    #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)
+    int64_t share = std::max<int64_t>(1, n / (16 * ctx.threads));
+    #pragma omp parallel for schedule(dynamic, share) num_threads(ctx.threads)
     for (int64_t r = 0; r < n; r++) kernel(Group<W>(), r);
 #endif
 }
@@ -714,8 +720,8 @@ template <class Tag, class Stage, class F> void for_tiles(Ctx& ctx, Cost cost, i
 #ifdef __CUDACC__
     start(ctx, tiles_kernel<Tag, Stage, F>, n, 256, 0, kernel);
 #else
-    int64_t piece = std::max<int64_t>(1, n / (16 * ctx.threads));
-    #pragma omp parallel for schedule(dynamic, piece) num_threads(ctx.threads)
+    int64_t share = std::max<int64_t>(1, n / (16 * ctx.threads));
+    #pragma omp parallel for schedule(dynamic, share) num_threads(ctx.threads)
     for (int64_t t = 0; t < n; t++) kernel(Group<256>(), t, *(Stage*)ctx.scratch(0, sizeof(Stage)));
 #endif
 }

@@ -87,7 +87,7 @@ inline void orthonormalise(Ctx& ctx, acc_t* z, int q, int64_t n, const SubspaceS
         });
         for_rows<orthonormalise_solve>(ctx, {2. * q * n * sizeof(acc_t), (double)q * q * n}, (n + 63) / 64, KERNEL(Group<32> g, int64_t r) {
             if (pass == 2 && !state[q]) return;
-            int width = n - r * 64 < 64 ? (int)(n - r * 64) : 64;
+            int width = piece(n, r, 64);
             acc_t* column = z + r * 64;
             for (int j = 0; j < q; j++) {
                 for (int t = 0; t < j; t++) {
@@ -207,7 +207,7 @@ inline void refresh_basis(Ctx& ctx, acc_t* basis, int k, const Mat& source, int6
     });
     for_rows<ritz_rotate>(ctx, {2. * q * cols * sizeof(acc_t), 2. * k * q * cols}, (cols + 63) / 64, KERNEL(Group<32> g, int64_t r) {
         if (!state[q]) return;
-        int width = cols - r * 64 < 64 ? (int)(cols - r * 64) : 64;
+        int width = piece(cols, r, 64);
         for (int i = 0; i < k; i++) {
             acc_t* to = basis + i * cols + r * 64;
             const double* weight = v + (int64_t)state[i] * q;

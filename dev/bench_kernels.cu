@@ -3,6 +3,7 @@
 //
 //     bench_kernels [threads [part]]      part: rows, quantisers, gemms or metis; all of them without one
 #include "../llama.cuh"
+#include <functional>   // std::function
 
 struct copy_bytes;
 

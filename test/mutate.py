@@ -168,7 +168,7 @@ MOMENT_MUTATIONS = [
     ("moments: rounded to nearest", "device.cuh", "(a < 0x7f7f0000 ? r : 0)", "(a < 0x7f7f0000 ? 0x8000 : 0)"),
     ("moments: half a bit too much", "device.cuh", "(a < 0x7f7f0000 ? r : 0)", "(a < 0x7f7f0000 ? r + 1 : 0)"),
     ("moments: the largest becomes infinite", "device.cuh", "a < 0x7f7f0000 ? r : 0", "a < 0x7f800000 ? r : 0"),
-    ("moments: a NaN of low bits becomes infinite", "device.cuh", " | (a > 0x7f800000 ? 0x400000 : 0));\n}\n\n// v as an act_t", ");\n}\n\n// v as an act_t"),
+    ("moments: a NaN of low bits becomes infinite", "device.cuh", " | (a > infinity_bits ? 0x400000 : 0));\n}\n\n// v as an act_t", ");\n}\n\n// v as an act_t"),
     ("moments: m and v share their bits", "llama.cuh", "as_moment<S>(vi, random >> 16)", "as_moment<S>(vi, random & 0xffff)"),
     ("moments: m stored to nearest", "llama.cuh", "mi = as_moment<S>(mi, random & 0xffff), vi", "vi"),
     ("moments: the weights move by what is stored", "llama.cuh", "vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;", "vi = as_moment<S>(o.beta2 * vi + (1 - o.beta2) * gi * gi, random >> 16);"),
