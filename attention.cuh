@@ -194,7 +194,7 @@ struct AttentionPlans {
         Type t = type_of<acc_t>();
         int64_t q = s.row(), o = (int64_t)s.H * s.D, D = s.D;
         auto plan = [&](int64_t m, int64_t n, int64_t k, int64_t lda, bool ta, int64_t ldb, bool tb, int64_t ldc, bool add) {
-            return &ctx.plans->plan(MatmulKey(m, n, k, lda, ldb, ldc, ta, tb, t, t, t, add, false));
+            return &ctx.plans->plan(MatmulKey{m, n, k, lda, ldb, ldc, ta, tb, t, t, t, add, false});
         };
         scores = plan(rows, keys, D, q, false, q, true, keys, false);
         if (!backward) values = plan(rows, D, keys, keys, false, q, false, o, false);

@@ -16,7 +16,7 @@
 #include "device.cuh"   // Ctx, Launch
 #include <array>        // std::array
 #include <map>          // std::map
-#include <tuple>        // std::tuple
+#include <tuple>        // std::tie
 #ifdef __CUDACC__
 #include <cublasLt.h>
 #elif defined(METIS_ONEDNN)
@@ -51,10 +51,24 @@ struct Mat {
 };
 template <class T> Mat mat(const T* data, int64_t ld, const float* row_amax = nullptr) { return {data, type_of<T>(), ld, false, nullptr, nullptr, row_amax}; }
 
-// m, n, k, lda, ldb, ldc, transA, transB, typeA, typeB, typeC, beta != 0, scaled: alpha is the operands' scales (FP8's go another way)
-typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, Type, Type, Type, bool, bool> MatmulKey;
+// A product C (m x n) = A (m x k) B (k x n), or C += A B, but for its data: what a plan is made for and cached under.
+struct MatmulKey {
+    int64_t m, n, k;
+    int64_t lda, ldb, ldc;             // elements from row to row of each matrix as it lies in memory
+    bool trans_a, trans_b;             // it lies as its transpose
+    Type a, b, c;                      // element types
+    bool add;                          // beta is 1: C += A B
+    bool scaled;                       // alpha is the product of tensor scales; not FP8's, which the library multiplies in on its own
+    auto fields() const { return std::tie(m, n, k, lda, ldb, ldc, trans_a, trans_b, a, b, c, add, scaled); }
+    bool operator<(const MatmulKey& o) const { return fields() < o.fields(); }
+};
 inline MatmulKey matmul_key(const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int64_t ldc, Type c, bool add) {
-    return MatmulKey(m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, c, add, (a.scale || b.scale) && !is_tensorwise(a.type));
+    return {m, n, k, a.ld, b.ld, ldc, a.trans, b.trans, a.type, b.type, c, add, (a.scale || b.scale) && !is_tensorwise(a.type)};
+}
+// The key of a product of narrow operands, contiguous C: A (m x k) and B^T (n x k) lie with the contracted axis along their rows, "TN" in
+// BLAS' words, the only layout of FP4, and of FP8 on sm_89, sm_90 and sm_120. tensor_scaled: an operand has a tensor scale.
+inline MatmulKey narrow_key(Type a, Type b, int64_t m, int64_t n, int64_t k, Type c, bool add, bool tensor_scaled) {
+    return {m, n, k, k, k, n, false, true, a, b, c, add, tensor_scaled && !is_tensorwise(a)};
 }
 
 #ifdef __CUDACC__
@@ -94,119 +108,131 @@ struct MatmulPlans {
         static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16BF, CUDA_R_64F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2, CUDA_R_8F_E4M3, CUDA_R_4F_E2M1, CUDA_R_8F_E4M3};
         return types[(int)t];
     }
+    // One attribute of a product's description, or of what the heuristic is to look for.
+    template <class T> static void set(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t which, const T& value) {
+        CUBLAS(cublasLtMatmulDescSetAttribute(desc, which, &value, sizeof value));
+    }
+    template <class T> static void set(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t which, const T& value) {
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(p, which, &value, sizeof value));
+    }
     static void set_scale(const Plan& p, bool of_b, const void* scale) {
-        cublasLtMatmulDescAttributes_t which = of_b ? CUBLASLT_MATMUL_DESC_B_SCALE_POINTER : CUBLASLT_MATMUL_DESC_A_SCALE_POINTER;
-        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, which, &scale, sizeof scale));
+        set(p.desc, of_b ? CUBLASLT_MATMUL_DESC_B_SCALE_POINTER : CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scale);
     }
 
-    // Whether the GPU multiplies these narrow operands itself. Its rules beside what the heuristic is asked (cuBLAS documentation,
-    // cublasLtMatmul, FP8 and FP4): rows of all matrices are multiples of 16 bytes; all else takes the emulation, a bf16 GEMM.
+    // Whether the GPU multiplies these narrow operands itself; what it does not is emulated by a bf16 GEMM of the same values. cuBLAS' rules
+    // beside what the heuristic is asked (documentation of cublasLtMatmul, FP8 and FP4): rows of all three matrices are multiples of 16
+    // bytes, so k is one of 16 elements of FP8 or of 32 of FP4; of MXFP8, of whole blocks of 32.
     bool has(const MatmulKey& key) {
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
-        (void)lda, (void)ldb, (void)ldc, (void)ta, (void)tb, (void)type_c, (void)add, (void)scaled;
-        bool pair = is_tensorwise(type_a) ? is_tensorwise(type_b) : is_narrow(type_a) && type_a == type_b;
-        bool whole = m % 16 == 0 && n % 16 == 0 && k % (is_tensorwise(type_a) || type_a == Type::fp8_row ? 16 : 32) == 0;
+        bool pair = is_tensorwise(key.a) ? is_tensorwise(key.b) : is_narrow(key.a) && key.a == key.b;
+        int depth = is_tensorwise(key.a) || key.a == Type::fp8_row ? 16 : 32;
+        bool whole = key.m % 16 == 0 && key.n % 16 == 0 && key.k % depth == 0;
         return native && pair && whole && find(key).found;
     }
-    // The same for a large GEMM of operands (outer x inner) of these types: asked first, once a pair, so that a GPU without them is asked no
-    // more. The heuristic is told neither of beta nor of where alpha lies, so a small product with both is made to see.
+    // The same for a large GEMM of these types: asked first, once a pair, so that a GPU without such units is asked no more. The heuristic is
+    // told neither of beta nor of where alpha lies, so a small product with both is made to see.
     bool serves(Type a, Type b) {
-        auto key = [=](int64_t m, int64_t n, int64_t k, bool add) {
-            const float* scale = a == Type::mxfp8 || a == Type::fp8_row ? nullptr : factors;
-            return matmul_key({nullptr, a, k, false, scale}, {nullptr, b, k, true, scale}, m, n, k, n, Type::f32, add);
-        };
-        const MatmulKey large = key(1024, 1024, 1024, false);
+        const MatmulKey large = narrow_key(a, b, 1024, 1024, 1024, Type::f32, false, a == Type::nvfp4);
+        const MatmulKey small = narrow_key(a, b, 128, 32, 64, Type::f32, true, a == Type::nvfp4);
         const bool known = cache.count(large);
         if (!has(large)) return false;
-        if (!known) cache[large].found = has(key(128, 32, 64, true)) && runs(key(128, 32, 64, true));
+        if (!known) cache[large].found = has(small) && runs(small);
         return cache[large].found;
     }
-    // Whether this plan's product is accepted, on zeros.
+    // Whether the small product is accepted, on zeros.
     bool runs(const MatmulKey& key) {
         const Plan& p = find(key);
         const size_t part = 64 << 10, bytes = 4 * part;                           // each of A, B and C, and the scales of both, fits into one
-        char* zeros = (char*)device_alloc(bytes, "a trial product");
+        char *zeros = (char*)device_alloc(bytes, "a trial product"), *a = zeros + part, *b = a + part, *c = b + part;
         CUDA(cudaMemset(zeros, 0, bytes));
-        bool scaled = std::get<12>(key);
-        const float host[] = {1, 1};
-        const float *alpha = scaled ? factors + 1 : host, *beta = alpha;
-        set_scale(p, false, is_tensorwise(std::get<9>(key)) ? (const void*)(factors + 1) : zeros);
-        set_scale(p, true, is_tensorwise(std::get<8>(key)) ? (const void*)(factors + 1) : zeros);
-        cublasStatus_t status = cublasLtMatmul(handle, p.desc, alpha, zeros + part, p.a, zeros + 2 * part, p.b, beta, zeros + 3 * part, p.c, zeros + 3 * part, p.c,
-                                               &p.algo, workspace, workspace_bytes, nullptr);
+        const float one = 1, *factor = key.scaled ? factors + 1 : &one;            // alpha and beta
+        set_scale(p, false, is_tensorwise(key.b) ? (const void*)(factors + 1) : zeros);
+        set_scale(p, true, is_tensorwise(key.a) ? (const void*)(factors + 1) : zeros);
+        cublasStatus_t status = cublasLtMatmul(handle, p.desc, factor, b, p.a, a, p.b, factor, c, p.c, c, p.c, &p.algo, workspace, workspace_bytes, nullptr);
         CUDA(cudaDeviceSynchronize());
         device_free(zeros, bytes);
         return status == CUBLAS_STATUS_SUCCESS;
     }
 
+    // The plan of a product that must exist.
     const Plan& plan(const MatmulKey& key) {
         const Plan& p = find(key);
-        auto [m, n, k] = std::array<long, 3>{(long)std::get<0>(key), (long)std::get<1>(key), (long)std::get<2>(key)};
-        if (!p.found) fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", m, n, k);
+        if (!p.found) {
+            fail("cuBLASLt has no kernel for a %ld x %ld x %ld product of these types on this GPU", (long)key.m, (long)key.n, (long)key.k);
+        }
         return p;
     }
-    // cuBLAS is column-major: it is asked for C^T = B^T A^T, so its A is our B and its m is our n.
     const Plan& find(const MatmulKey& key) {
-        auto found = cache.find(key);
-        if (found != cache.end()) return found->second;
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
-        (void)add;
+        auto made = cache.find(key);
+        if (made != cache.end()) return made->second;
         Plan p;
-        cublasOperation_t op_b = tb ? CUBLAS_OP_T : CUBLAS_OP_N, op_a = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+        describe(p, key);
+        choose(p, key);
+        return cache.emplace(key, p).first->second;
+    }
+
+    // Says what is to be multiplied. cuBLAS is column-major, and a row-major matrix read by columns is its transpose: it is asked for
+    // C^T (n x m) = B^T A^T, so that its A is our B, its B our A, its m our n. An operand that we read in place as its transpose it
+    // reads as such, too: what one calls rows the other calls columns, so both see a transpose or neither does.
+    void describe(Plan& p, const MatmulKey& key) {
         CUBLAS(cublasLtMatmulDescCreate(&p.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
-        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
-        cublasLtPointerMode_t where = scaled ? CUBLASLT_POINTER_MODE_DEVICE : CUBLASLT_POINTER_MODE_HOST;
-        CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_POINTER_MODE, &where, sizeof where));
-        // Block scales: cuBLAS documentation, "Narrow precision data types usage". Their pointers must be there when the heuristic is asked.
-        // FP8's tensor scales stay SCALAR_32F, the default. FAST_ACCUM stays 0, the default: partial sums are promoted to float in all GEMMs.
+        set(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, key.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, key.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+        // Tensor scales are known on the device alone: then alpha is read there.
+        set(p.desc, CUBLASLT_MATMUL_DESC_POINTER_MODE, key.scaled ? CUBLASLT_POINTER_MODE_DEVICE : CUBLASLT_POINTER_MODE_HOST);
+        // Block scales: cuBLAS documentation, "Narrow precision data types usage". Their pointers must be there when the heuristic is asked;
+        // any will do until the product runs. FP8's tensor scales stay SCALAR_32F, the default. FAST_ACCUM stays 0, the default: partial
+        // sums are promoted to float in all GEMMs.
         auto set_mode = [&](Type t, cublasLtMatmulDescAttributes_t which) {
-            int32_t mode = t == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3 : t == Type::mxfp8 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0
+            int32_t mode = t == Type::nvfp4 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3
+                         : t == Type::mxfp8 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0
                          : CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
-            if (is_narrow(t) && !is_tensorwise(t)) CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, which, &mode, sizeof mode));
+            if (is_narrow(t) && !is_tensorwise(t)) set(p.desc, which, mode);
         };
-        set_mode(type_b, CUBLASLT_MATMUL_DESC_A_SCALE_MODE), set_mode(type_a, CUBLASLT_MATMUL_DESC_B_SCALE_MODE);
-        if (is_narrow(type_b)) set_scale(p, false, workspace);
-        if (is_narrow(type_a)) set_scale(p, true, workspace);
-        CUBLAS(cublasLtMatrixLayoutCreate(&p.a, cuda_type(type_b), tb ? k : n, tb ? n : k, ldb));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p.b, cuda_type(type_a), ta ? m : k, ta ? k : m, lda));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p.c, cuda_type(type_c), n, m, ldc));
+        set_mode(key.b, CUBLASLT_MATMUL_DESC_A_SCALE_MODE);
+        set_mode(key.a, CUBLASLT_MATMUL_DESC_B_SCALE_MODE);
+        if (is_narrow(key.b)) set_scale(p, false, workspace);
+        if (is_narrow(key.a)) set_scale(p, true, workspace);
+        // Rows and columns as they lie, column-major: B (k x n) row-major is n x k.
+        CUBLAS(cublasLtMatrixLayoutCreate(&p.a, cuda_type(key.b), key.trans_b ? key.k : key.n, key.trans_b ? key.n : key.k, key.ldb));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p.b, cuda_type(key.a), key.trans_a ? key.m : key.k, key.trans_a ? key.k : key.m, key.lda));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p.c, cuda_type(key.c), key.n, key.m, key.ldc));
+    }
+
+    // Takes the heuristic's first kernel, if it has one. Timing candidates would be faster at times, and would make two runs differ: another
+    // kernel adds in another order.
+    void choose(Plan& p, const MatmulKey& key) {
         cublasLtMatmulPreference_t preference;
         CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
-        size_t limit = workspace_bytes;
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &limit, sizeof limit));
+        set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, size_t(workspace_bytes));
         // Callers' matrices start on 16 bytes wherever their rows do (ld a multiple of 16 bytes); otherwise on an element.
         auto alignment = [](Type t, int64_t ld) { return ld * bits_in(t) % 128 == 0 ? 16u : std::max(1u, (uint32_t)size_of(t)); };
-        uint32_t align_a = alignment(type_b, ldb), align_b = alignment(type_a, lda), align_c = alignment(type_c, ldc);
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_a, sizeof align_a));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, sizeof align_c));
+        set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(key.b, key.ldb));
+        set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(key.a, key.lda));
+        set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(key.c, key.ldc));
+        set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(key.c, key.ldc));
         // Split-K may add its parts in float only: the default would allow a bf16 C to round every part.
-        uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
+        set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
         cublasLtMatmulHeuristicResult_t result;
-        int found_count = 0;
-        cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.a, p.b, p.c, p.c, preference, 1, &result, &found_count);
+        int count = 0;                                        // "not supported" is an answer here, not an error
+        cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.a, p.b, p.c, p.c, preference, 1, &result, &count);
         cublasLtMatmulPreferenceDestroy(preference);
-        p.found = found_count > 0 && result.state == CUBLAS_STATUS_SUCCESS;
+        p.found = count > 0 && result.state == CUBLAS_STATUS_SUCCESS;
         if (p.found) p.algo = result.algo;
-        return cache.emplace(key, p).first->second;
     }
 };
 
 struct matmul_alpha;
 inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
     const MatmulPlans::Plan& p = ctx.plans->plan(key);
-    float one = 1, beta_value = std::get<11>(key) ? 1 : 0;
+    float one = 1, beta_value = key.add ? 1 : 0;
     const float *alpha = &one, *beta = &beta_value;
-    if (std::get<12>(key)) {
+    if (key.scaled) {
         float* product = ctx.plans->factors + 2;
         const float *sa = a.scale, *sb = b.scale;
         for_rows<matmul_alpha, 8>(ctx, {}, 1, KERNEL(Group<8> g, int64_t) {
             if (g.lane() == 0) *product = (sa ? *sa : 1.f) * (sb ? *sb : 1.f);
         });
-        alpha = product, beta = ctx.plans->factors + (std::get<11>(key) ? 1 : 0);
+        alpha = product, beta = ctx.plans->factors + (key.add ? 1 : 0);
     }
     // Narrow operands bring their scales with them; cuBLASLt reads the pointers as it is called.
     const Mat* side[] = {&b, &a};
@@ -291,24 +317,25 @@ struct MatmulPlans {
         ctx.thread_scratch.resize(2 * threads);
     }
 
+    // Not for several threads at a time: callers find their plans before they start a parallel loop.
     const Plan& plan(const MatmulKey& key) {
-        auto found = cache.find(key);
-        if (found != cache.end()) return found->second;
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
-        (void)scaled;
+        auto made = cache.find(key);
+        if (made != cache.end()) return made->second;
         Plan p;
         p.key = key;
 #ifdef METIS_ONEDNN
         typedef dnnl::memory::dims Dims;
+        // A layout is a size and a stride for each axis, so a transpose is another pair of strides. Tiles of C end where other tiles begin: ldc.
         auto type = [](Type t) { return t == Type::bf16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32; };
-        dnnl::memory::desc a(Dims{m, k}, type(type_a), ta ? Dims{1, lda} : Dims{lda, 1});
-        dnnl::memory::desc b(Dims{k, n}, type(type_b), tb ? Dims{1, ldb} : Dims{ldb, 1});
-        dnnl::memory::desc c(Dims{m, n}, type(type_c), Dims{ldc, 1});
+        auto strides = [](bool trans, int64_t ld) { return trans ? Dims{1, ld} : Dims{ld, 1}; };
+        dnnl::memory::desc a(Dims{key.m, key.k}, type(key.a), strides(key.trans_a, key.lda));
+        dnnl::memory::desc b(Dims{key.k, key.n}, type(key.b), strides(key.trans_b, key.ldb));
+        dnnl::memory::desc c(Dims{key.m, key.n}, type(key.c), strides(false, key.ldc));
         dnnl::primitive_attr attr;
-        attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-        if (add) {
+        attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);              // else every execution would allocate
+        if (key.add) {
             dnnl::post_ops post;
-            post.append_sum(1.f);
+            post.append_sum(1.f);                                           // C = A B + 1 C
             attr.set_post_ops(post);
         }
 #if DNNL_VERSION_MAJOR >= 3
@@ -316,15 +343,14 @@ struct MatmulPlans {
 #else
         dnnl::matmul::primitive_desc pd(dnnl::matmul::desc(a, b, c), attr, engine);
 #endif
-        p.primitive = dnnl::matmul(pd);
+        p.primitive = dnnl::matmul(pd);                                     // generates machine code for this very shape: milliseconds
         p.scratch = pd.scratchpad_desc().get_size();
         for (int t = 0; t < threads; t++) {
             auto none = [&](const dnnl::memory::desc& d) { return dnnl::memory(d, engine, nullptr); };
             p.args.push_back({none(a), none(b), none(c), none(pd.scratchpad_desc())});
         }
 #else
-        (void)m, (void)n, (void)lda, (void)ldb, (void)ldc, (void)ta, (void)tb, (void)type_a, (void)type_b, (void)type_c, (void)add;
-        p.scratch = (size_t)k * 16 * sizeof(acc_t);
+        p.scratch = (size_t)key.k * 16 * sizeof(acc_t);                     // plain_tile()'s panel
 #endif
         return cache.emplace(key, std::move(p)).first->second;
     }
@@ -340,9 +366,9 @@ struct MatmulPlans {
         for (int i = 0; i < 4; i++) dnnl_memory_set_data_handle(m[i].get(), handles[i]), list[i] = {roles[i], m[i].get()};
         if (dnnl_primitive_execute(p.primitive.get(), stream.get(), 4, list) != dnnl_success) fail("oneDNN cannot run a matmul");
 #else
-        auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = p.key;
-        (void)type_a, (void)type_b, (void)type_c, (void)scaled;
-        plain_tile<acc_t>((acc_t*)c, ldc, {a, type_of<acc_t>(), lda, ta}, {b, type_of<acc_t>(), ldb, tb}, m, n, k, add, (acc_t*)pad);
+        const MatmulKey& key = p.key;
+        const Mat left = {a, type_of<acc_t>(), key.lda, key.trans_a}, right = {b, type_of<acc_t>(), key.ldb, key.trans_b};
+        plain_tile<acc_t>((acc_t*)c, key.ldc, left, right, key.m, key.n, key.k, key.add, (acc_t*)pad);
 #endif
     }
 };
@@ -360,37 +386,41 @@ template <class T> void scale_tile(T* c, int64_t ld, const T* t, int64_t rows, i
 }
 
 inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
-    auto [m, n, k, lda, ldb, ldc, ta, tb, type_a, type_b, type_c, add, scaled] = key;
-    const int64_t depth = ta ? tile_depth : k;
+    const int64_t m = key.m, n = key.n, k = key.k, ld = key.ldc;
+    const int64_t depth = a.trans ? tile_depth : k;
     const int64_t rows = (m + tile_rows - 1) / tile_rows, cols = (n + tile_cols - 1) / tile_cols, chunks = (k + depth - 1) / depth;
     const acc_t alpha = acc_t(a.scale ? *a.scale : 1.f) * acc_t(b.scale ? *b.scale : 1.f);
-    const bool first_adds = add && !scaled;               // a scaled tile is made beside C, then added to it
-    const MatmulPlans::Plan* plans[2][2][2][2];           // [last row of tiles?][last column?][last chunk of k?][added to C?]
-    for (int i = 0; i < 16; i++) {
-        bool last_row = i & 8, last_col = i & 4, last_chunk = i & 2, adds = i & 1;
-        MatmulKey tile = key;
-        std::get<0>(tile) = last_row ? m - (rows - 1) * tile_rows : tile_rows;
-        std::get<1>(tile) = last_col ? n - (cols - 1) * tile_cols : tile_cols;
-        std::get<2>(tile) = last_chunk ? k - (chunks - 1) * depth : depth;
-        if (scaled) std::get<5>(tile) = std::get<1>(tile), std::get<12>(tile) = false;
-        std::get<11>(tile) = adds;
-        bool used = (last_row || rows > 1) && (last_col || cols > 1) && (last_chunk || chunks > 1) && (adds ? first_adds || chunks > 1 : !first_adds);
-        plans[last_row][last_col][last_chunk][adds] = used ? &ctx.plans->plan(tile) : nullptr;
-    }
-    const int64_t size_a = size_of(type_a), size_b = size_of(type_b), size_c = size_of(type_c), ld = ldc, height = m, width = n;
-    const int64_t row_a = (ta ? 1 : lda) * tile_rows * size_a, deep_a = (ta ? lda : 1) * depth * size_a;
-    const int64_t col_b = (tb ? ldb : 1) * tile_cols * size_b, deep_b = (tb ? 1 : ldb) * depth * size_b;
+    const bool add = key.add, beside = key.scaled;        // a scaled tile is made beside C, then added to it
+    const bool first_adds = add && !beside;
+    // Tiles differ at the edges alone: in height in the last row of tiles, in width in the last column, in depth in the last chunk of k;
+    // and chunks after the first add to what is there. So at most 2 x 2 x 3 plans serve every tile, found before threads start.
+    enum { first, middle, last };                         // chunks; one alone counts as the first
+    auto kind = [=](int64_t p) { return p == 0 ? first : p < chunks - 1 ? middle : last; };
+    const MatmulPlans::Plan* plans[2][2][3];              // [last row of tiles?][last column?][kind of chunk]
+    for (int64_t i : {int64_t(0), rows - 1})
+        for (int64_t j : {int64_t(0), cols - 1})
+            for (int64_t p : {int64_t(0), std::min<int64_t>(1, chunks - 1), chunks - 1}) {
+                MatmulKey tile = key;
+                tile.m = piece(m, i, tile_rows), tile.n = piece(n, j, tile_cols), tile.k = piece(k, p, depth);
+                tile.add = p > 0 || first_adds;
+                if (beside) tile.ldc = tile.n, tile.scaled = false;
+                plans[i == rows - 1][j == cols - 1][kind(p)] = &ctx.plans->plan(tile);
+            }
+    // Bytes from one tile of A to the next below it, and to the next along k; of B, to the next on the right, and along k.
+    const int64_t size_a = size_of(key.a), size_b = size_of(key.b), size_c = size_of(key.c);
+    const int64_t row_a = (a.trans ? 1 : a.ld) * tile_rows * size_a, deep_a = (a.trans ? a.ld : 1) * depth * size_a;
+    const int64_t col_b = (b.trans ? b.ld : 1) * tile_cols * size_b, deep_b = (b.trans ? 1 : b.ld) * depth * size_b;
     const char *pa = (const char*)a.data, *pb = (const char*)b.data;
-    const bool beside = scaled, adding = add;
     #pragma omp parallel for schedule(dynamic) num_threads(ctx.threads)
     for (int64_t t = 0; t < rows * cols; t++) {
         int64_t i = t / cols, j = t % cols;
         char* pc = (char*)c + (i * tile_rows * ld + j * tile_cols) * size_c;
         char* to = beside ? (char*)ctx.scratch(0, tile_rows * tile_cols * size_c) : pc;
-        for (int64_t p = 0; p < chunks; p++)
-            ctx.plans->run(ctx, *plans[i == rows - 1][j == cols - 1][p == chunks - 1][p > 0 || first_adds], to,
-                           pa + i * row_a + p * deep_a, pb + j * col_b + p * deep_b);
-        if (beside) scale_tile((acc_t*)pc, ld, (const acc_t*)to, std::min(tile_rows, height - i * tile_rows), std::min(tile_cols, width - j * tile_cols), alpha, adding);
+        for (int64_t p = 0; p < chunks; p++) {            // in order, by one thread: the sum over k is the same in every run
+            const MatmulPlans::Plan& plan = *plans[i == rows - 1][j == cols - 1][kind(p)];
+            ctx.plans->run(ctx, plan, to, pa + i * row_a + p * deep_a, pb + j * col_b + p * deep_b);
+        }
+        if (beside) scale_tile((acc_t*)pc, ld, (const acc_t*)to, piece(m, i, tile_rows), piece(n, j, tile_cols), alpha, add);
     }
 }
 #endif

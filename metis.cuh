@@ -105,16 +105,11 @@ inline Type narrow_type(const Operand& c) {
     return c.format == Format::fp8 ? Type::fp8 : c.format == Format::fp8_e5m2 ? Type::fp8_e5m2 : c.format == Format::mxfp8 ? Type::mxfp8
          : c.format == Format::nvfp4 ? Type::nvfp4 : Type::f32;
 }
-// The mark of an operand (outer x inner) of this cell, without memory. All narrow GEMMs read (outer x inner): "TN", the only layout of FP4,
-// and of FP8 on sm_89, sm_90 and sm_120.
-inline Mat narrow_mat(const Operand& c, int64_t inner) {
-    static const float mark = 1;
-    return {nullptr, narrow_type(c), inner, false, has_tensor_scale(c) ? &mark : nullptr};
-}
 // Whether the GPU multiplies this GEMM's operands as they are: (m x k) (n x k)^T. Else they are emulated in bf16.
 inline bool runs_natively(const Ctx& ctx, const Recipe& r, Which first, int64_t m, int64_t n, int64_t k, Type c, bool add) {
     const Operand &p = r.cell[first], &q = r.cell[first + 1];
-    return ctx.plans->serves(narrow_type(p), narrow_type(q)) && ctx.plans->has(matmul_key(narrow_mat(p, k), narrow_mat(q, k).transposed(), m, n, k, n, c, add));
+    Type a = narrow_type(p), b = narrow_type(q);
+    return ctx.plans->serves(a, b) && ctx.plans->has(narrow_key(a, b, m, n, k, c, add, has_tensor_scale(p) || has_tensor_scale(q)));
 }
 
 struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;

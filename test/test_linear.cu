@@ -250,7 +250,7 @@ static void test_native(Run& r) {
                         test_layer<act_t>(r, recipe, rows, in, out, false, native);
                         if (sizeof(act_t) != sizeof(acc_t) && rows < 200) test_layer<acc_t>(r, recipe, rows, in, out, true, native);
                         int made = 0;
-                        for (auto& [key, plan] : r.ctx.plans->cache) made += plan.found && is_narrow(std::get<8>(key)) && std::get<0>(key) != 1024 && std::get<0>(key) != 128;
+                        for (auto& [key, plan] : r.ctx.plans->cache) made += plan.found && is_narrow(key.a) && key.m != 1024 && key.m != 128;      // serves()'
                         seen += made;
 #ifdef METIS_EMULATED
                         int want = 0;

@@ -116,7 +116,7 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
                   return rng(3) * std::ldexp(1, (int)((o * 5 + in / 16 * 3) % 7) - 3);
               }), scale(r, 2), partial(r, quantise_partials(c, rows, cols)), values(r, outer * inner), packed(r, outer * inner * 2) {
             QuantCall call = {cell, axis, rows, cols, {}, {}, scale.p, partial.p};
-            wide = mat(values.p, cols), narrow = narrow_mat(cell, inner);
+            wide = mat(values.p, cols), narrow = {nullptr, narrow_type(cell), inner};
             narrow.data = packed.p, narrow.scale = nullptr;
             if (has_scale_bytes(cell)) narrow.blocks = packed.p + packed_bytes(cell, outer, inner);
             quantise_operand(r.ctx, call, wide, mat(from.p, cols));
