@@ -10,29 +10,12 @@
 // CPU: 64 query rows at a time, scores through matmul tiles, softmax by rows. GPU: flash.cuh's tensor-core kernels for bf16 activations
 // and heads of 64 or 128; for the rest (float activations, other sizes) plain ones, one warp a row, key tiles in shared memory.
 #pragma once
-#include "flash.cuh"    // Heads; the tensor-core kernels (GPU)
+#include "flash.cuh"    // the tensor-core kernels (GPU)
 #include "matmul.cuh"   // MatmulPlans, Mat (CPU); device.cuh: Ctx, Group, for_rows
+#include "rope.cuh"     // Heads, Angles, rotate
 
 // FLOPs of the causal half: 2 D per (query, key) pair for each of `products` matrix products.
 inline double attention_flops(const Heads& s, int products) { return (double)products * s.B * s.H * s.D * s.T * (s.T + 1.0); }
-
-// Rotates query and key heads of qkv (N x row) in place: (a, b) -> (a cos - b sin, b cos + a sin) with b half a head after a.
-// direction -1 rotates back, which is the gradient. Torch: q * cos + rotate_half(q) * sin.
-struct rope;
-inline void rotate(Ctx& ctx, act_t* qkv, Angles table, Heads s, acc_t direction) {
-    const acc_t *cosine = table.cosine, *sine = table.sine;
-    int turned = s.H + s.KV, D = s.D, T = s.T;
-    int64_t row = s.row();
-    for_rows<rope, 8>(ctx, {(double)s.B * T * turned * D * 2 * sizeof(act_t), 0}, (int64_t)s.B * T * turned, KERNEL(Group<8> g, int64_t r) {
-        int64_t n = r / turned, t = n % T * (D / 2);
-        act_t* a = qkv + n * row + r % turned * D;
-        g.map(D / 2, [=](acc_t& u, acc_t& v, acc_t cs, acc_t sn) {
-            acc_t w = direction * sn, first = u * cs - v * w;
-            v = v * cs + u * w;
-            u = first;
-        }, a, a + D / 2, cosine + t, sine + t);
-    });
-}
 
 #ifdef __CUDACC__
 // ------------------------------------------------------------------------------------------------------------------- the GPU

@@ -19,17 +19,10 @@
 #pragma once
 #include "device.cuh"   // Ctx, start, exp_, log_
 #include "ptx.cuh"      // mma_bf16, ldmatrix_x4, copy_async, exp2_fast
-
-struct Heads {
-    int B, T, H, KV, D;                                     // sequences, tokens each, query heads, key/value heads, head size
-    HD int64_t row() const { return (int64_t)(H + 2 * KV) * D; }   // elements in a row of qkv
-};
-
-// cos and sin of position times frequency, (T x D/2) each: what rotate() turns queries and keys by. Null: nothing was turned.
-struct Angles { const acc_t *cosine = nullptr, *sine = nullptr; };
+#include "rope.cuh"     // Heads, Angles
 
 #ifdef __CUDACC__
-constexpr int flash_lanes = 128, flash_keys_tile = 64;
+constexpr int flash_lanes = 128;
 constexpr float log2_e = 1.44269504f;
 
 // Element (row, 8 chunk) of a tile whose rows are D wide.
