@@ -414,6 +414,7 @@ struct QuantCall {
     int k = 0;
     const float* row_amax = nullptr;                    // max |x| of every row of the source, where whoever wrote it took note; else null
     float* row_scale = nullptr;                         // where row_scales() leaves them (outer); null: in `partial`
+    bool scaled = false;                                // S_enc and S_dec are there already, from another operand of the same matrix
 };
 // Sums over sampled elements x (less the low-rank part) and their quantised values y: (y - x)^2, the operand's squares, elements that became
 // zero, elements beyond the largest code; how many were looked at; and whose product of code and scale the carrier does not hold.
@@ -550,11 +551,18 @@ template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* 
     float* partial = q.partial + tile_partials(q.cell, rows, cols) + std::max(rows, cols);
     for_rows<quantise_amax, 256>(ctx, cost, chunks * strips, KERNEL(Group<256> g, int64_t i) {
         int64_t first = i / strips * amax_rows, last = first + amax_rows < rows ? first + amax_rows : rows, c0 = i % strips * strip;
-        g.each((int)(cols - c0 < strip ? cols - c0 : strip), [=](int c) {
+        int width = (int)(cols - c0 < strip ? cols - c0 : strip);
+        float* most = partial + i / strips * cols + c0;
+        const From* corner = from + c0;
+        if constexpr (decltype(g)::lanes > 1) g.each(width, [=](int c) {               // a lane its column
             float m = 0;
-            for (int64_t r = first; r < last; r++) m = larger(m, magnitude_or_infinity((float)load(from + r * cols + c0 + c)));
-            partial[i / strips * cols + c0 + c] = m;
+            for (int64_t r = first; r < last; r++) m = larger(m, magnitude_or_infinity((float)load(corner + r * cols + c)));
+            most[c] = m;
         });
+        else {                                                                         // row by row, or no vector would do
+            g.each(width, [=](int c) { most[c] = 0; });
+            for (int64_t r = first; r < last; r++) g.each(width, [=](int c) { most[c] = larger(most[c], magnitude_or_infinity((float)load(corner + r * cols + c))); });
+        }
     });
     for_rows<quantise_scale, 256>(ctx, {}, strips, KERNEL(Group<256> g, int64_t i) {
         int64_t c0 = i * strip;

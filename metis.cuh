@@ -158,6 +158,7 @@ template <class To, int n, class From> void quantise_as(Ctx& ctx, const Making<n
 }
 // One launch for all of them, after outer_scales() of each.
 template <int n> void quantise_operands(Ctx& ctx, const Making<n>& made, const Mat& from) {
+    if (made.count != n) fail("internal error: %d operands of %d are to be quantised", made.count, n);
     Type type = operand_type(made.call[0].cell.format);
     if (from.type == Type::bf16) {
         if (type == Type::bf16) quantise_as<bf16>(ctx, made, (const bf16*)from.data);
@@ -165,10 +166,10 @@ template <int n> void quantise_operands(Ctx& ctx, const Making<n>& made, const M
     } else if (type == Type::bf16) quantise_as<bf16>(ctx, made, (const acc_t*)from.data);
     else quantise_as<acc_t>(ctx, made, (const acc_t*)from.data);
 }
-// The scales that are there before quantise(): the tensor's, or the rows'.
+// The scales that must be there before quantise(): the tensor's, unless it is, or the rows'.
 inline void outer_scales(Ctx& ctx, const QuantCall& call, const Mat& from) {
     auto make = [&](auto* data) {
-        if (has_tensor_scale(call.cell)) tensor_scale(ctx, call, data);
+        if (has_tensor_scale(call.cell) && !call.scaled) tensor_scale(ctx, call, data);
         if (has_row_scales(call.cell)) row_scales(ctx, call, data);
     };
     if (from.type == Type::bf16) make((const bf16*)from.data);
@@ -179,9 +180,18 @@ inline void quantise_operand(Ctx& ctx, const QuantCall& call, const Mat& to, con
     quantise_operands(ctx, Making<1>{{call}, {to}, 1}, from);
 }
 
+// Whether an operand of this cell is the same along either axis, and whenever it is made.
+inline bool has_no_axis(const Operand& c) {
+    return !has_blocks(c.format) && !has_row_scales(c) && !c.hadamard && !c.split && c.rounding == Rounding::nearest;
+}
+// Whether D needs to be made once only: wgrad's operand is dgrad's, transposed. (Where both GEMMs are emulated: a tensor core reads (outer x
+// inner) alone.)
+inline bool serves_twice(const Recipe& r) { return r.cell[dgrad_d] == r.cell[wgrad_d] && has_no_axis(r.cell[dgrad_d]); }
+
 // Whether D's two operands are made in one pass over it, which costs a third operand's memory and saves a read of D.
 inline bool in_one_pass(const Recipe& r) {
     const Operand &p = r.cell[dgrad_d], &q = r.cell[wgrad_d];
+    if (!on_gpu && serves_twice(r)) return false;
     auto blocks = [](const Operand& c, Axis axis) { return (c.along == Along::contracted) == (axis == Axis::row) ? Axis::row : Axis::column; };
     return is_quantised(p.format) && is_quantised(q.format) && is_float_stored(p.format) == is_float_stored(q.format) &&
            in_one_pass(p, blocks(p, Axis::row), q, blocks(q, Axis::column));
@@ -338,7 +348,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
     } else {
         Operand thin = {cell.format, Block::vector, cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest, cell.scale};
         QuantCall a = call, b = call;
-        a.cell = b.cell = thin, a.tally = b.tally = nullptr;
+        a.cell = b.cell = thin, a.tally = b.tally = nullptr, a.scaled = b.scaled = false;
         a.cols = k, a.key.operand += draws_of_a, a.scale = side.scales;
         b.rows = k, b.key.operand += draws_of_b, b.scale = side.scales + 2;
         if (cell.format == Format::e2m1) a.axis = Axis::column, b.axis = Axis::row;     // the published code: each along its long side
@@ -382,13 +392,15 @@ inline QuantCall quant_call(const Ctx& ctx, const Linear& lin, Which which, cons
     RandomKey sign_key = key;
     sign_key.operand = (uint32_t)which / 2, sign_key.purpose = Purpose::signs;           // the GEMM's: both its operands turn the same signs
     Axis blocks = cell.along == Along::contracted ? axis : axis == Axis::row ? Axis::column : Axis::row;
-    // Tensor scales outlive their operand where the next one of the same matrix takes them over; else they lie with the operand's place.
-    // D's second operand, made in one pass with the first (place 2), would overwrite the first's, if it has one of its own.
+    // A matrix's tensor scale is kept, where there is a place for it, for its next operand to take over. But D's second operand, made in one
+    // pass with the first (place 2), would overwrite the first's, if it has one of its own.
     int place = place_of(*lin.recipe, which, s);
     bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);
     float* scale = lin.scales && (scaled || place < 2) ? lin.scales + 2 * matrix_of[which] : s.scales + 2 * place;
     float* partial = s.partial + (place == 2 ? s.partials : 0);
-    return {cell, blocks, rows, cols, key, sign_key, scale, partial, s.tally ? s.tally + tally_sums * which : nullptr};
+    QuantCall call = {cell, blocks, rows, cols, key, sign_key, scale, partial, s.tally ? s.tally + tally_sums * which : nullptr};
+    call.scaled = scaled;
+    return call;
 }
 
 // Turns the Mat of an operand's place into that of its packed form (outer x inner), codes and behind them scales, and tells the call.
@@ -425,7 +437,7 @@ inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandS
             else call.row_amax = source.row_amax;
             call.ld = p.r.ld;
             if (native) store_packed(call, p.r, axis == Axis::row ? rows : cols, axis == Axis::row ? cols : rows);
-            if (!(lin.scales && same_scale(*lin.recipe, which, s.nearest))) outer_scales(ctx, call, source);
+            outer_scales(ctx, call, source);
             if (later) later->add(call, p.r);
             else quantise_operands(ctx, Making<1>{{call}, {p.r}, 1}, source);
             if (has_tensor_scale(cell)) p.r.scale = call.scale + 1;
@@ -505,18 +517,12 @@ template <class T> void linear_forward(Ctx& ctx, const Linear& lin, const Operan
     product(ctx, s, lin.fprop, y, lin.out, p, q, rows, lin.out, lin.in, 0, lin.splits.k);
 }
 
-// Whether an operand of this cell is the same along either axis, and whenever it is made.
-inline bool has_no_axis(const Operand& c) {
-    return !has_blocks(c.format) && !has_row_scales(c) && !c.hadamard && !c.split && c.rounding == Rounding::nearest;
-}
-
 // dX (rows x in) = D (rows x out) W; dW (out x in) += D^T X.
 template <class T> void linear_backward(Ctx& ctx, const Linear& lin, const OperandScratch& s, T* dx, Mat d, Mat x, int64_t rows) {
     bool native = runs_natively(ctx, *lin.recipe, dgrad_d, rows, lin.in, lin.out, type_of<T>(), false);
     bool native_w = runs_natively(ctx, *lin.recipe, wgrad_d, lin.out, lin.in, rows, type_of<acc_t>(), true);
     // D becomes two operands: one that serves twice; two, in one pass over D; or two, one after the other, where there is no place for both.
-    const Operand &first = lin.recipe->cell[dgrad_d], &second = lin.recipe->cell[wgrad_d];
-    bool twice = first == second && has_no_axis(first) && !native && !native_w;          // a tensor core reads (outer x inner) alone
+    bool twice = serves_twice(*lin.recipe) && !native && !native_w;
     bool together = !twice && place_of(*lin.recipe, wgrad_d, s) == 2;
     Prepared p, turned;
     if (together) {

@@ -78,7 +78,7 @@ inline const std::vector<Recipe>& recipes() {
         // TransformerEngine's current scaling: E4M3's finer steps for X and W, E5M2's wider range for D.
         {"fp8",           "FP8, one scale a tensor: E4M3, gradients E5M2",
                           {fp8,  fp8,     fp8g,  fp8,    fp8g,    fp8}},
-        // cuBLASLt's outer-vector scales on sm_90: a token's outlier no longer widens the steps of all others.
+        // cuBLASLt's outer-vector scales on sm_90: tokens with small activations no longer fall among E4M3's subnormals (dev/LOG.md).
         {"fp8-rows",      "E4M3, a power-of-two scale for each row of an operand",
                           {f8r,  f8r,     f8r,   f8r,    f8r,     f8r}},
         // TransformerEngine's MXFP8: with a scale for every 32 elements E4M3 has range enough for D, too. Scales: arXiv 2506.08027.

@@ -12,7 +12,7 @@ Nothing else should run on the machine meanwhile. Exit status 0 whatever the rat
 """
 import argparse, json, os, re, statistics, subprocess, sys, tempfile
 
-# Not mxfp8 and nvfp4-fp8, whose steps are mxfp4's and mxfp4-fp8's but for the last bits; metis-code is there for its losses.
+# Not mxfp8 and nvfp4-fp8, which take the time of mxfp4 and mxfp4-fp8; nor metis-code, which exists for its losses, not for its speed.
 RECIPES = ["float", "bf16", "fp8", "fp8-rows", "nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "mxfp4-fp8", "four-over-six", "metis"]
 
 def fail(message):

@@ -147,7 +147,7 @@ int main(int argc, char** argv) {
     // Quantisers, with their amax pass; bytes: both reads and the write.
     Type type = operand_type(Format::nvfp4);
     std::vector<Recipe> rows;
-    for (const char* name : {"nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "fp8", "four-over-six", "mxfp8"}) rows.push_back(*find_recipe(name));
+    for (const char* name : {"nvfp4", "nvfp4-sr", "nvidia", "mxfp4", "fp8", "four-over-six", "mxfp8", "fp8-rows"}) rows.push_back(*find_recipe(name));
     Arena quant_size, quant;
     OperandScratch scratch;
     acc_t *product, *weight;
@@ -174,7 +174,8 @@ int main(int argc, char** argv) {
         quantiser(1, dgrad_d, Axis::row, "nvfp4 sr rows"), quantiser(1, wgrad_d, Axis::column, "nvfp4 sr columns");
         quantiser(2, dgrad_w, Axis::column, "nvfp4 16x16"), quantiser(2, wgrad_d, Axis::column, "nvfp4 sr h16 columns");
         quantiser(3, fprop_x, Axis::row, "mxfp4 rows"), quantiser(3, wgrad_d, Axis::column, "mxfp4 columns"), quantiser(6, fprop_x, Axis::row, "mxfp8 rows");
-        quantiser(4, fprop_x, Axis::row, "fp8 rows"), quantiser(5, fprop_x, Axis::row, "nvfp4 4/6 rows");
+        quantiser(4, fprop_x, Axis::row, "fp8, tensor scale"), quantiser(5, fprop_x, Axis::row, "nvfp4 4/6 rows");
+        quantiser(7, fprop_x, Axis::row, "fp8-rows rows"), quantiser(7, wgrad_d, Axis::column, "fp8-rows columns");
 
         // The same operands in two passes and in one, after D's amaxes were noted by whoever wrote it.
         printf("both operands of D, in one pass against two (bytes: one read and two writes)\n");

@@ -93,11 +93,11 @@ MUTATIONS = [
     ("packing: tiled scales by other strides", "fp4.cuh", "r % 32 * 16 + r % 128 / 32 * 4 + b % 4;",
      "r % 32 * 16 + b % 4 * 4 + r % 128 / 32;"),
     # the layer
-    ("wgrad_x in blocks along its rows", "metis.cuh", "return {cell, blocks, rows", "return {cell, which == wgrad_x ? Axis::row : blocks, rows"),
-    ("dgrad_w in blocks along its rows", "metis.cuh", "return {cell, blocks, rows", "return {cell, which == dgrad_w ? Axis::row : blocks, rows"),
+    ("wgrad_x in blocks along its rows", "metis.cuh", "QuantCall call = {cell, blocks, rows", "QuantCall call = {cell, which == wgrad_x ? Axis::row : blocks, rows"),
+    ("dgrad_w in blocks along its rows", "metis.cuh", "QuantCall call = {cell, blocks, rows", "QuantCall call = {cell, which == dgrad_w ? Axis::row : blocks, rows"),
     ("D with blocks serves twice", "metis.cuh", "return !has_blocks(c.format) && !has_row_scales(c)", "return !has_row_scales(c)"),
     ("D rounded stochastically serves twice", "metis.cuh", " && !c.split && c.rounding == Rounding::nearest;", " && !c.split;"),
-    ("D serves wgrad whatever its cell", "metis.cuh", "bool twice = first == second && ", "bool twice = first.format == second.format && "),
+    ("D serves wgrad whatever its cell", "metis.cuh", "return r.cell[dgrad_d] == r.cell[wgrad_d] && ", "return r.cell[dgrad_d].format == r.cell[wgrad_d].format && "),
     ("tensor scales taken over in spite of a Hadamard", "metis.cuh", "!a.hadamard && !b.hadamard && alike", "alike"),
     ("tensor scales taken over between rules", "metis.cuh", " && scale_rule(a).full == scale_rule(b).full;", ";"),
     ("dW is overwritten", "metis.cuh", "product(ctx, s, lin.wgrad, lin.dw, lin.in, turned, q, lin.out, lin.in, rows, 1,",
@@ -144,7 +144,7 @@ SPLIT_MUTATIONS = [
     ("split: the second operand of a matrix is never its first", "metis.cuh",
      "const bool first = made_before[which] == operand_count || !recipe.cell[made_before[which]].split;", "const bool first = made_before[which] == operand_count;"),
     ("split: tensor scales taken over whatever the factors", "metis.cuh", "(!a.split || (a.factors == b.factors && a.residual == b.residual));", "true;"),
-    ("split: tensor scales never taken over", "metis.cuh", "bool scaled = lin.scales && same_scale(*lin.recipe, which, s.nearest);", "bool scaled = false;"),
+    ("split: tensor scales never taken over", "metis.cuh", "call.scaled = scaled;", "call.scaled = false;"),
     # trained factors
     ("trained: few power iterations", "metis.cuh", "plan.cold = 30;", "plan.cold = 3;"),
     ("trained: merged without s", "metis.cuh", "acc_t a = sign * u[r * k + j] * s[j];", "acc_t a = sign * u[r * k + j];"),

@@ -301,7 +301,6 @@ inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
 inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* g) { return *g = emulated_capture, emulated_capture = nullptr, *g ? cudaSuccess : 1; }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long) { return *e = new std::vector<std::function<void()>>(*g), cudaSuccess; }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return delete g, cudaSuccess; }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { return delete e, cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
     if (emulated_capture) return emulated_in_capture;           // (a device makes a child of it)
     for (auto& node : *e) node();
