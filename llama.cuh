@@ -572,7 +572,7 @@ struct WidestOperands {
             return thin ? elements * size_of(operand_type(c[which].format)) : operand_bytes(c[which], source, elements);
         };
         a = std::max({a, bytes(fprop_x, act, rows, in), bytes(dgrad_d, grad, rows, out), bytes(wgrad_d, grad, out, rows)});
-        if (train && in_one_pass(r)) d = std::max(d, bytes(wgrad_d, grad, out, rows));
+        if (train && &r != &m.precision.eval && in_one_pass(r)) d = std::max(d, bytes(wgrad_d, grad, out, rows));
         b = std::max({b, bytes(fprop_w, acc, out, in), bytes(dgrad_w, acc, in, out), bytes(wgrad_x, act, in, rows)});
         for (int i = 0; i < operand_count; i++)
             if (is_quantised(c[i].format))
