@@ -12,7 +12,7 @@
 // group is one OpenMP thread: its loops are `omp simd`, sums in 16 fixed partial sums. Nothing depends on how many threads run.
 //
 // Here: scalar types, bit-level helpers and math (the same bits on both machines), Philox, the context, memory, profiler, Group,
-// for_rows, for_tiles. matmul.cuh and attention.cuh hold the two other things that have a body per machine.
+// for_rows, for_tiles, recorded launches (replay). matmul.cuh and attention.cuh hold the two other things that have a body per machine.
 // Compile without fast-math and without contraction (-ffp-contract=off, --fmad=false): fused multiply-adds are explicit fmaf.
 #pragma once
 #include "host.h"       // fail, seconds
@@ -27,8 +27,8 @@
 #include <omp.h>        // omp_get_thread_num, omp_get_num_procs
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-#define HD __host__ __device__ inline
-#define KERNEL [=] __device__
+#define HD __host__ __device__ inline        // a function of both sides
+#define KERNEL [=] __device__               // a lambda that runs on the device; it captures by value, as what it refers to lives on the host
 #define CUDA(call) do { cudaError_t e_ = (call); if (e_ != cudaSuccess) fail("CUDA: %s (%s)", cudaGetErrorString(e_), #call); } while (0)
 constexpr bool on_gpu = true;
 #else
@@ -38,9 +38,10 @@ constexpr bool on_gpu = false;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Scalar types. act_t: activations and their gradients. acc_t: parameters, optimiser state, reductions, everything in registers.
+// Scalar types. act_t: activations and their gradients, bf16 on a GPU, where memory traffic is what they cost. acc_t: parameters, optimiser
+// state, reductions, everything in registers. Kernels load() into acc_t and store() from it, whatever lies in memory.
 
-struct bf16 { uint16_t bits; };           // the upper half of a float
+struct bf16 { uint16_t bits; };           // the upper half of a float: sign, 8 bits of exponent, 7 of mantissa
 
 #if defined(METIS_DOUBLE)                 // finite-difference checks: the whole model in double, on the CPU
 typedef double acc_t;
@@ -76,14 +77,17 @@ HD uint32_t load(const uint32_t* p) { return *p; }         // random words, whic
 HD float  load(const bf16* p)   { return float_of((uint32_t)p->bits << 16); }
 HD void store(float* p, float v)   { *p = v; }
 HD void store(double* p, double v) { *p = v; }
-HD void store(bf16* p, float v) {          // round to nearest even; a NaN keeps its sign and becomes quiet
+// Rounds to nearest even; a NaN keeps its sign and becomes quiet. The lower 16 bits are cut after an addition that carries into the upper
+// ones if they are more than half, 0x8000, or half and the last bit that stays is 1. The largest floats carry to infinity.
+HD void store(bf16* p, float v) {
     uint32_t u = bits_of(v);
     uint32_t nan = (u & 0x7fffffff) > infinity_bits;
     p->bits = (uint16_t)(nan ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// v rounded to bf16, up with the probability of what is cut off, given 16 random bits: the mean over r is v itself. What has no larger
-// finite neighbour is cut, a NaN keeps its sign and becomes quiet.
+// v rounded to bf16, up with the probability of what is cut off, given 16 random bits r: the mean over r is v itself. If the lower half of
+// v's bits is 0x4000, a quarter, then adding r carries for the 0x4000 of 0x10000 r's that are at least 0xc000. What has no larger finite
+// neighbour is cut, a NaN keeps its sign and becomes quiet.
 HD float stochastic_bf16(float v, uint32_t r) {
     uint32_t u = bits_of(v), a = u & 0x7fffffff;
     return float_of(((u + (a < 0x7f7f0000 ? r : 0)) & 0xffff0000u) | (a > infinity_bits ? 0x400000 : 0));
@@ -96,7 +100,7 @@ HD acc_t as_act(acc_t v) {
     return load(&t);
 }
 
-// A NaN or an infinity, told by its bits, so that no compiler flag can fold the question away.
+// Whether v is neither NaN nor infinity, told by its bits, so that no compiler flag can fold the question away.
 HD bool is_finite(float v) { return (bits_of(v) & infinity_bits) != infinity_bits; }
 HD bool is_finite(double v) {
     uint64_t u;
@@ -109,10 +113,12 @@ HD bool is_finite(double v) {
 // at most 2 units in the last place over the stated range; test/test_kernels.cu checks them against libm.
 
 // e^x. 0 below -87.3, infinity above 88.37 (just short of FLT_MAX, so that 2^n never needs two factors); NaN stays NaN.
+// e^x = 2^n e^r with x = n ln 2 + r, |r| <= ln 2 / 2, where e^r = 1 + r + r^2 p(r), p of degree 4, is good enough. x = 1: n = 1, r = 0.307.
 HD float exp_(float x) {
-    float t = fmaf(x, 1.44269504f, 12582912.f);                  // 1.5 * 2^23: rounds x/ln2 to an integer in the low bits
+    // Floats from 2^23 to 2^24 are the integers: adding 1.5 * 2^23 rounds to one, which then stands in the sum's low bits.
+    float t = fmaf(x, 1.44269504f, 12582912.f);                  // x / ln 2
     float n = t - 12582912.f;                                    // (x out of range makes nonsense here, replaced at the end)
-    float r = fmaf(n, -0.693145752f, x);                         // ln2 in two parts: |r| <= ln2 / 2, exact to 2^-35
+    float r = fmaf(n, -0.693145752f, x);                         // ln 2 in two parts, exact to 2^-35
     r = fmaf(n, -1.42860677e-6f, r);
     float p = fmaf(1.3950538e-3f, r, 8.368918e-3f);
     p = fmaf(p, r, 0.041666206f);
@@ -126,15 +132,18 @@ HD float exp_(float x) {
 HD double exp_(double x) { return exp(x); }
 
 // ln x for normal positive x; infinity and NaN stay what they are, a negative x is NaN, zero and subnormals are -infinity.
+// x = m 2^e with m in [sqrt(1/2), sqrt(2)), so that near x = 1 e is 0 and nothing cancels; ln m = 2 atanh(s), s = (m - 1) / (m + 1), a series
+// in odd powers of s, |s| < 0.172. x = 6: e = 3, m = 0.75, s = -1/7.
 HD float log_(float x) {
     uint32_t u = bits_of(x);
-    int32_t e = (int32_t)(u - 0x3f3504f3u) >> 23;                // x = m 2^e with m in [sqrt(1/2), sqrt(2))
+    int32_t e = (int32_t)(u - 0x3f3504f3u) >> 23;                // the bits of sqrt(1/2): how many binades x is above it
     float m = float_of(u - ((uint32_t)e << 23));
-    float s = (m - 1.f) / (m + 1.f), z = s * s;                  // ln m = 2 atanh(s)
+    float s = (m - 1.f) / (m + 1.f), z = s * s;
     float q = fmaf(0.23582155f, z, 0.2853731f);
     q = fmaf(q, z, 0.40000334f);
     q = fmaf(q, z, 0.6666666f);
-    float y = fmaf((float)e, 0.693145752f, fmaf((float)e, 1.42860677e-6f, fmaf(q * z, s, 2.f * s)));
+    float y = fmaf((float)e, 0.693145752f, fmaf((float)e, 1.42860677e-6f, fmaf(q * z, s, 2.f * s)));          // e ln 2, in two parts
+    // What has no ordinary answer is chosen at the end, without branches: loops over this function stay vectors.
     y = u < 0x00800000u ? -float_of(infinity_bits) : y;
     y = u >= infinity_bits ? x : y;
     y = u == 0x80000000u ? -float_of(infinity_bits) : y;
@@ -142,7 +151,8 @@ HD float log_(float x) {
 }
 HD double log_(double x) { return log(x); }
 
-// sin and cos of any angle up to 1e6 or so: the reduction by pi/2 is done in double.
+// sin and cos of any angle up to 1e6 or so. x = n pi/2 + r, |r| <= pi/4, in double, as float has no bits left for r when n is large; then
+// polynomials of r, and the quadrant n mod 4 says which is which: sin x = sin r, cos r, -sin r, -cos r; cos x is the sine of the next one.
 HD void sincos_(float x, float* sine, float* cosine) {
     double k = (double)x * 0.6366197723675814 + 6755399441055744.0;                 // 1.5 * 2^52: round to an integer
     double n = k - 6755399441055744.0;
@@ -156,15 +166,27 @@ HD void sincos_(float x, float* sine, float* cosine) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Random numbers: Philox4x32-10 (Salmon et al., SC'11), counter-based. A draw is named by what it is for, never by who draws it,
-// so threads, order, recomputation and resuming cannot change it.
+// Random numbers: Philox4x32-10 (Salmon et al., SC'11), counter-based: there is no state that one draw hands to the next. 128 bits that name a
+// draw go through ten rounds of a small cipher, keyed by the seed, and what comes out are 128 random bits. A draw is named by what it
+// is for, never by who draws it, so threads, order, recomputation and resuming cannot change it:
+//
+//     word 0   block of the stream, lower 32 bits      e.g. element / 4, as a block is four words
+//     word 1   step
+//     word 2   purpose (bits 0-7), operand (8-15), layer (16-31)
+//     word 3   block, bits 32-47 (bits 0-15), micro-batch (16-31)
+//     key      seed, 64 bits
+//
+// Under one key the cipher is one to one: names that differ in any bit never give the same block.
 
+// What a draw is for: streams of different purposes have nothing in common. Values are part of every run's bits.
 enum class Purpose : uint32_t { init = 1, data_order = 2, sampling = 3, test = 4, rounding = 5, signs = 6, rows = 7, sketch = 8, moments = 9 };
 
-struct Clock { uint32_t step, micro; };
+struct Clock { uint32_t step, micro; };      // see replay()
+// The name of a stream.
 struct RandomKey {
-    uint64_t seed;
-    uint32_t step, micro, layer, operand;
+    uint64_t seed;                    // the run's
+    uint32_t step, micro;             // of the optimiser; micro-batch of the step, < 2^16
+    uint32_t layer, operand;          // < 2^16, < 2^8: whose numbers are rounded, signed, sampled
     Purpose purpose;
     const Clock* clock = nullptr;     // of a recorded launch (replay()): step and micro are what this shows, on the device, as it runs
 };
@@ -174,25 +196,30 @@ HD RandomKey now(RandomKey key) {
     return key;
 }
 
-struct Words { uint32_t w[4]; };
+struct Words { uint32_t w[4]; };             // a block
 
-// The counter and the key of block high * 2^32 + index (high < 2^16) of the stream that `key` names, and one of the ten rounds.
-// Fields: micro < 2^16, layer < 2^16, operand < 2^8.
+// The counter of block high * 2^32 + index (high < 2^16) of the stream that `key` names.
 HD Words philox_counter(RandomKey key, uint32_t index, uint32_t high) {
-    return {{index, key.step, (uint32_t)key.purpose | (key.operand & 0xff) << 8 | (key.layer & 0xffff) << 16, high | (key.micro & 0xffff) << 16}};
+    uint32_t what = (uint32_t)key.purpose | (key.operand & 0xff) << 8 | (key.layer & 0xffff) << 16;
+    return {{index, key.step, what, high | (key.micro & 0xffff) << 16}};
 }
+// One of the ten rounds: two words are multiplied by odd constants, 32 bits to 64. The upper halves, which depend on all bits of a word, go by
+// xor into the other two words, with the key; the lower halves, from which a word can be had back, stay: so a round can be undone.
 HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
     uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
     c0 = (uint32_t)(b >> 32) ^ c1 ^ k0, c1 = (uint32_t)b;
     c2 = (uint32_t)(a >> 32) ^ c3 ^ k1, c3 = (uint32_t)a;
 }
-constexpr uint32_t philox_step0 = 0x9E3779B9u, philox_step1 = 0xBB67AE85u;        // what a round adds to the key
+// What is added to the key from round to round, so that no two are alike: the golden ratio and sqrt(3) - 1, in 32 bits.
+constexpr uint32_t philox_step0 = 0x9E3779B9u, philox_step1 = 0xBB67AE85u;
 
 // The 128 random bits of a block.
 HD Words philox(RandomKey key, uint32_t index, uint32_t high) {
     Words c = philox_counter(key, index, high);
     uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-    for (int round = 0; round < 10; round++, k0 += philox_step0, k1 += philox_step1) philox_round(c.w[0], c.w[1], c.w[2], c.w[3], k0, k1);
+    for (int round = 0; round < 10; round++, k0 += philox_step0, k1 += philox_step1) {
+        philox_round(c.w[0], c.w[1], c.w[2], c.w[3], k0, k1);
+    }
     return c;
 }
 HD Words philox(RandomKey key, uint64_t index) { return philox(key, (uint32_t)index, (uint32_t)(index >> 32)); }
@@ -200,7 +227,8 @@ HD Words philox(RandomKey key, uint64_t index) { return philox(key, (uint32_t)in
 // Uniform in (0, 1): 23 bits, centred, so that neither end is ever drawn (with 24 the half would round up to 1).
 HD float uniform(uint32_t word) { return ((float)(word >> 9) + 0.5f) * 1.1920929e-7f; }
 
-// Element `index` of a standard normal stream (Box-Muller; two elements share a block).
+// Element `index` of a standard normal stream (Box-Muller: of a Gaussian point in the plane the angle is uniform and radius^2 / 2 is
+// exponential, -ln u; elements 2 i and 2 i + 1 are the cosine and the sine of block i).
 HD float normal(RandomKey key, uint64_t index) {
     Words r = philox(key, index >> 1);
     float radius = sqrtf(-2.f * log_(uniform(r.w[0]))), s, c;
@@ -213,6 +241,7 @@ HD float normal(RandomKey key, uint64_t index) {
 
 struct Cost { double bytes = 0, flops = 0; };   // what a launch must move and compute at the least; the profiler divides by time
 
+// A row for every name that was launched while `on`, in order of first launch. Launches are waited for one by one: a step takes longer.
 struct Profiler {
     struct Row { const char* name; int64_t calls; double seconds, bytes, flops; };
     bool on = false;
@@ -242,7 +271,7 @@ struct Ctx {
 #else
     std::vector<std::vector<char>> thread_scratch;   // two growing buffers a thread: for a kernel's tiles, and for matmul within it
     void synchronise() {}
-    // This thread's scratch, 64-byte aligned; contents are not kept between calls.
+    // This thread's scratch, 64-byte aligned: a cache line, and the widest vector. Contents are not kept between calls.
     void* scratch(int slot, size_t bytes) {
         std::vector<char>& s = thread_scratch[2 * omp_get_thread_num() + slot];
         if (s.size() < bytes + 64) s.resize(bytes + 64);
@@ -268,7 +297,8 @@ struct Launch {
     }
 };
 
-// The name of a tag type, cut out of the compiler's own spelling of this function.
+// The name of a tag type, cut out of the compiler's own spelling of this function. A tag, declared and never defined, makes every kernel a type
+// and a symbol of its own, and costs no macro and no string that may drift from it.
 template <class Tag> const char* tag_name() {
     static const std::string name = [](std::string s) {          // "... [with Tag = rmsnorm_forward]", "... [Tag = rmsnorm_forward]"
         size_t from = s.find("Tag = ") + 6;
@@ -279,11 +309,16 @@ template <class Tag> const char* tag_name() {
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Memory. A layout function takes its buffers from an Arena in order; run once with base == nullptr it only measures, so the
-// plan that --dry-run prints and the memory that is used come from the same lines.
+// plan that --dry-run prints and the memory that is used come from the same lines:
+//
+//     Arena measure;                layout(measure);        // every pointer is null; measure.used is what it takes
+//     Arena arena = {(char*)device_alloc(measure.used, "activations")};
+//     layout(arena);                                        // the same buffers, now somewhere
 
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
+    // `count` elements; null while measuring.
     template <class T> T* take(size_t count) {
         T* p = base ? (T*)(base + used) : nullptr;
         used += (count * sizeof(T) + 255) & ~(size_t)255;        // 256: what cuBLASLt and vector loads like best
@@ -291,6 +326,8 @@ struct Arena {
     }
 };
 
+// device_alloc: zeroed memory, where kernels run; never null: too little is an error that names `what`. device_free: with its size, which the
+// CPU's munmap wants. to_device, to_host, set_zero: n bytes, in the order of launches; after the copies their host memory may be used.
 #ifdef __CUDACC__
 inline void* device_alloc(size_t bytes, const char* what) {
     void* p = nullptr;
@@ -330,16 +367,36 @@ inline void set_zero(Ctx& ctx, void* p, size_t n) {
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Group: a row's worth of lanes. Arguments of map/sum/max after the function are rows of `n` contiguous elements:
-// const T* is read, T* is read and written, out(T*) is only written. The function sees acc_t's (random words, const uint32_t*, as they are);
-// sum's may write, too.
+// Group: the lanes that work on one row. What it has, on both machines; f, value and op are functions, p rows of n contiguous elements:
+//
+//     lane(), lanes                    which lane this is, of how many; on the CPU 0 of 1
+//     sync()                           all lanes are here, and see what the others have written
+//     map(n, f, p...)                  f(an element of each p) for n elements
+//     sum(n, f, p...)                  the sum of f; every lane has it
+//     max(n, f, p...)                  the maximum of f, NaN passed over, -infinity of nothing; every lane has it
+//     sum_double(n, f)                 the sum of f(i), i < n, in double; every lane has it
+//     each(n, f)                       f(i), i < n
+//     tile(height, width, shift, f)    f(r, c), r < height, c < width <= 2^shift
+//     grid16(n, f, ahead)              f(i, j), i < n, j < 16; ahead(i) may fetch what a later i needs (CPU), or is left out
+//     draw16(n, key, first, f)         f(i, j, words) likewise, words being block first(i) + j of key's stream; first(i) a multiple of 16
+//     fold16(n, value, op, to)         to[i] = value(i, 0..15) put together by op, i < n, n a multiple of 16
+//     fold_rows16(n, value, op, to)    to[i] = value(0..15, i) likewise
+//     fetch(p, n)                      asks for the cache lines of n elements (CPU)
+//
+// Of map, sum and max: a row const T* is read, T* is read and written, out(T*) only written. f sees acc_t's, by reference where it may write
+// (random words, const uint32_t*, as they are); sum's f may write, too. Which lane runs f for which element is the group's business, so
+// between two calls that use each other's results through memory there is a sync().
+//
+// The order of additions never depends on threads or timing. sum: on the GPU a lane adds its elements in order and lanes are added in pairs
+// (reduce()); on the CPU 16 partial sums, element i into sum i % 16, whatever the width of vectors, then halves. fold16 and fold_rows16: one
+// tree (tree16()) on both machines, so that scales made of such sums have the same bits everywhere.
 
 template <class T> struct Out { T* p; };
 template <class T> HD Out<T> out(T* p) { return {p}; }
 template <class T> HD T* at(T* p, int i) { return p + i; }
 template <class T> HD Out<T> at(Out<T> o, int i) { return {o.p + i}; }
 
-// One element of one argument: loaded on construction, stored back (if it may be) on destruction.
+// One element of one argument: loaded on construction, stored back (if it may be) on destruction. get() is what f is given.
 template <class T> struct Slot {                                 // T*: read and written
     acc_t v;
     T* p;
@@ -347,13 +404,14 @@ template <class T> struct Slot {                                 // T*: read and
     HD ~Slot() { store(p, v); }
     HD acc_t& get() { return v; }
 };
+// What f is given of a T: random words as they are, numbers as acc_t.
 template <class T> using element = std::conditional_t<std::is_same_v<T, uint32_t>, uint32_t, acc_t>;
-template <class T> struct Slot<const T> {
+template <class T> struct Slot<const T> {                        // const T*: read
     element<T> v;
     HD Slot(const T* row, int i) : v(load(row + i)) {}
     HD element<T> get() { return v; }
 };
-template <class T> struct Slot<Out<T>> {
+template <class T> struct Slot<Out<T>> {                         // out(T*): written
     acc_t v;
     T* p;
     HD Slot(Out<T> row, int i) : p(row.p + i) {}
@@ -364,12 +422,16 @@ template <class P> struct slot_of;
 template <class T> struct slot_of<T*> { typedef Slot<T> type; };
 template <class T> struct slot_of<Out<T>> { typedef Slot<Out<T>> type; };
 
+// f on element i of each argument. The Slots are temporaries of the call's expression, so they live until f has returned: loads come before
+// f, stores after it, and what is read may be the row that is written.
 template <class F, class... P> HD void apply_one(F& f, int i, P... p) { f(typename slot_of<P>::type(p, i).get()...); }
 template <class F, class... P> HD acc_t value_one(F& f, int i, P... p) { return f(typename slot_of<P>::type(p, i).get()...); }
 
+// The `ahead` of who has nothing to fetch.
 struct Nothing { template <class... T> HD void operator()(T...) const {} };
 
-// (v0 + v8) ... , then d = 4, 2, 1: sixteen values in one order on both machines, whichever axis they lie along.
+// Sixteen values in one order on both machines, whichever axis they lie along: v0 + v8, v1 + v9, ... v7 + v15; of these eight the first four
+// plus the last four; then two plus two, one plus one. Halves, not neighbours: that is one addition of vectors at each level.
 template <class V, class Op> HD float tree16(V value, Op op) {
     float t[16];
     for (int j = 0; j < 16; j++) t[j] = value(j);
@@ -379,7 +441,8 @@ template <class V, class Op> HD float tree16(V value, Op op) {
 }
 
 #ifdef __CUDACC__
-// 16 bytes at a time: V elements of every argument sit in registers, then the function runs V times.
+// 16 bytes an instruction: V elements of every argument sit in registers, then the function runs V times. V is what 16 bytes hold of the
+// narrowest argument: with bf16 and float V = 8, one load of the former, two of the latter.
 template <class T, int V> struct alignas(16) Packet { T v[V]; };
 template <class T, int V> __device__ void load_packet(element<T>* to, const T* from) {
     constexpr int n = 16 / sizeof(T);
@@ -398,20 +461,21 @@ template <class T, int V> __device__ void store_packet(T* to, const acc_t* from)
         __stwb((uint4*)(to + k), w);                             // one 16-byte store: as a plain assignment it may be split again
     }
 }
+// V elements of one argument: what Slot is for one.
 template <class P, int V> struct Lanes;
-template <class T, int V> struct Lanes<T*, V> {
+template <class T, int V> struct Lanes<T*, V> {                  // read and written
     acc_t v[V];
     T* p;
     __device__ Lanes(T* row, int i) : p(row + i) { load_packet<T, V>(v, p); }
     __device__ ~Lanes() { store_packet<T, V>(p, v); }
     __device__ acc_t& get(int j) { return v[j]; }
 };
-template <class T, int V> struct Lanes<const T*, V> {
+template <class T, int V> struct Lanes<const T*, V> {            // read
     element<T> v[V];
     __device__ Lanes(const T* row, int i) { load_packet<T, V>(v, row + i); }
     __device__ element<T> get(int j) { return v[j]; }
 };
-template <class T, int V> struct Lanes<Out<T>, V> {
+template <class T, int V> struct Lanes<Out<T>, V> {              // written
     acc_t v[V];
     T* p;
     __device__ Lanes(Out<T> row, int i) : p(row.p + i) {}
@@ -436,7 +500,7 @@ template <class F, class... L> __device__ acc_t max_lanes(F& f, int V, acc_t m, 
     }
     return m;
 }
-template <class... P> struct widest;                              // elements in 16 bytes of the narrowest argument
+template <class... P> struct widest;                              // V, as above: the largest of 16 / sizeof
 template <> struct widest<> { static constexpr int value = 1; };
 template <class T, class... R> struct widest<T*, R...> {
     static constexpr int value = std::max<int>(16 / sizeof(T), widest<R...>::value);
@@ -445,6 +509,7 @@ template <class T, class... R> struct widest<Out<T>, R...> : widest<T*, R...> {}
 template <class T> __device__ bool aligned(T* p) { return (uintptr_t)p % 16 == 0; }
 template <class T> __device__ bool aligned(Out<T> o) { return (uintptr_t)o.p % 16 == 0; }
 
+// W lanes of a warp, or of a block that is the group's own.
 template <int W> struct Group {
     static_assert(W == 8 || W == 16 || W == 32 || W % 128 == 0, "part of a warp, a warp, or a block of its own");
     static constexpr int lanes = W;
@@ -454,8 +519,10 @@ template <int W> struct Group {
         else __syncwarp(mask());
     }
     template <class T> __device__ static void fetch(T*, int) {}
+    // This group's lanes among the 32 of its warp, a bit each: W = 8, lanes 16 to 23: 0x00ff0000.
     __device__ unsigned mask() const { return W >= 32 ? 0xffffffffu : ((1u << (W % 32)) - 1) << (threadIdx.x % 32 / W * W); }
 
+    // By vectors where n and all addresses allow; lane i has elements i V ... i V + V - 1, so lanes read side by side. Else one by one.
     template <class F, class... P> __device__ void map(int n, F f, P... p) const {
         constexpr int V = widest<P...>::value;
         if (n % V == 0 && (aligned(p) && ...))
@@ -484,18 +551,16 @@ template <int W> struct Group {
             }
         return reduce(m, [](acc_t a, acc_t b) { return a > b ? a : b; });
     }
-    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op.
     template <class F> __device__ void each(int n, F f) const {
         for (int i = lane(); i < n; i += W) f(i);
     }
     template <class F, class A = Nothing> __device__ void grid16(int n, F f, A = {}) const {
         for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16);
     }
-    // f(i, lane, words) for i in [0, n), lane in [0, 16): words of block first(i) + lane, first a multiple of 16.
     template <class B, class F> __device__ void draw16(int n, RandomKey key, B first, F f) const {
         for (int i = lane(); i < 16 * n; i += W) f(i / 16, i % 16, philox(key, first(i / 16) + i % 16));
     }
-    // f(r, c) for r < height, c < width <= 2^shift.
+    // Rows of 2^shift places, so that row and column are a shift and a mask; places beyond the width stay idle.
     template <class F> __device__ void tile(int height, int width, int shift, F f) const {
         for (int i = lane(); i < height << shift; i += W)
             if ((i & ((1 << shift) - 1)) < width) f(i >> shift, i & ((1 << shift) - 1));
@@ -514,18 +579,22 @@ template <int W> struct Group {
             to[i] = all;
         }
     }
-    // The sum of f(i) in double, in a fixed order.
     template <class F> __device__ double sum_double(int n, F f) const {
         double s = 0;
         for (int i = lane(); i < n; i += W) s += f(i);
         return reduce(s, [](double a, double b) { return a + b; });
     }
-    // The same value in every lane: a butterfly in the warp, then the warps' values in order.
+    // The same value in every lane: a butterfly in the warp, then the warps' values in order. Each lane gives its value to the lane d away and
+    // takes that one's; op must not care which comes first, as the two put them together in opposite order. For 8 lanes:
+    //
+    //     d = 4    0+4  1+5  2+6  3+7  4+0  5+1  6+2  7+3
+    //     d = 2    (0+4)+(2+6)  (1+5)+(3+7)  (2+6)+(0+4)  ...
+    //     d = 1    all eight, everywhere, in the same bits
     template <class T, class Op> __device__ T reduce(T v, Op op) const {
         for (int d = (W < 32 ? W : 32) / 2; d > 0; d /= 2) v = op(v, __shfl_xor_sync(mask(), v, d));
         if (W <= 32) return v;
         __shared__ T part[W / 32 > 0 ? W / 32 : 1];
-        __syncthreads();
+        __syncthreads();                                        // part may still be read from the reduce() before
         if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
         __syncthreads();
         v = part[0];
@@ -543,6 +612,7 @@ template <class... P, class... A> void start(Ctx& ctx, void (*kernel)(P...), int
     CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
 }
 
+// Blocks of at least 128 lanes: small groups share one, a group of 128 or more has its own. The last block may have lanes without a row.
 template <class Tag, int W, class F> __global__ void __launch_bounds__(W < 128 ? 128 : W) rows_kernel(int64_t n, F f) {
     constexpr int groups = W < 128 ? 128 / W : 1;
     int64_t r = (int64_t)blockIdx.x * groups + threadIdx.x / W;
@@ -551,12 +621,13 @@ template <class Tag, int W, class F> __global__ void __launch_bounds__(W < 128 ?
 #else
 // The function must become part of its loop, or the loop is not vectorised; a large kernel makes compilers think otherwise.
 #define FLAT __attribute__((flatten))
+// One thread, whatever W is; lanes are the elements of its vectors. Loops have constant lengths where they can, or `omp simd`.
 template <int W> struct Group {
     static constexpr int lanes = 1;
     int lane() const { return 0; }
     void sync() const {}
 
-    // Asks for the cache lines of n elements; on a GPU, where other warps hide what is not there yet, nothing.
+    // A cache line is 64 bytes. On a GPU, where other warps hide what is not there yet, this does nothing.
     template <class T> static void fetch(T* p, int n) {
         for (int k = 0; k < n; k += 64 / sizeof(T)) __builtin_prefetch(p + k, !std::is_const<T>::value);
         asm volatile("");                     // without it gcc takes what only fetches for a function without effect, and drops its calls
@@ -573,8 +644,6 @@ template <int W> struct Group {
             for (int i = from; i < to; i++) apply_one(f, i, p...);
         }
     }
-    // f(i) for i in [0, n); f(i, j) for i in [0, n), j in [0, 16); to[i] = the fixed tree of value(i, 0..15) under op. `ahead(i)` may
-    // fetch what is needed later: between two i's there is time for it.
     template <class F> FLAT void each(int n, F f) const {
         #pragma omp simd
         for (int i = 0; i < n; i++) f(i);
@@ -586,14 +655,17 @@ template <int W> struct Group {
             for (int j = 0; j < 16; j++) f(i, j);
         }
     }
-    // f(i, lane, words) for i in [0, n), lane in [0, 16): words of block first(i) + lane, first a multiple of 16. Round by round over
-    // 16 lanes: a loop that every compiler vectorises.
+    // 16 blocks at a time, whose counters differ in word 0 alone (first(i) is a multiple of 16, so nothing carries), round by round over all
+    // 16: a loop that every compiler vectorises.
     template <class B, class F> FLAT void draw16(int n, RandomKey key, B first, F f) const {
         for (int i = 0; i < n; i++) {
             uint64_t block = first(i);
             Words c = philox_counter(key, (uint32_t)block, (uint32_t)(block >> 32));
             uint32_t c0[16], c1[16], c2[16], c3[16], k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-            for (int j = 0; j < 16; j++) c0[j] = c.w[0] + j, c1[j] = c.w[1], c2[j] = c.w[2], c3[j] = c.w[3];
+            for (int j = 0; j < 16; j++) {
+                c0[j] = c.w[0] + j;
+                c1[j] = c.w[1], c2[j] = c.w[2], c3[j] = c.w[3];
+            }
             for (int round = 0; round < 10; round++, k0 += philox_step0, k1 += philox_step1) {
                 #pragma omp simd simdlen(8)                          // with 16 gcc multiplies 64 bits by 64, which takes 1.5 times as long
                 for (int j = 0; j < 16; j++) philox_round(c0[j], c1[j], c2[j], c3[j], k0, k1);
@@ -602,7 +674,6 @@ template <int W> struct Group {
             for (int j = 0; j < 16; j++) f(i, j, Words{{c0[j], c1[j], c2[j], c3[j]}});
         }
     }
-    // f(r, c) for r < height, c < width <= 2^shift.
     template <class F> FLAT void tile(int height, int width, int, F f) const {
         for (int r = 0; r < height; r++) {
             #pragma omp simd
@@ -610,7 +681,8 @@ template <int W> struct Group {
         }
     }
     template <bool any_order = false, class V, class Op> FLAT void fold16(int n, V value, Op op, float* to) const {
-        // n a multiple of 16, in two passes: what one stores as halves of vectors is long in the cache when the other loads whole ones.
+        // 64 i's in two passes, the tree's first level and the others: what one stores as halves of vectors is long in the cache when the other
+        // loads whole ones.
         float a[64 * 8];
         for (int first = 0; first < n; first += 64) {
             int count = n - first < 64 ? n - first : 64;
@@ -622,12 +694,13 @@ template <int W> struct Group {
                 #pragma omp simd
                 for (int k = i; k < i + 16; k++) {
                     const float* t = a + 8 * k;
+                    // tree16's d = 4, 2, 1
                     to[first + k] = op(op(op(t[0], t[4]), op(t[2], t[6])), op(op(t[1], t[5]), op(t[3], t[7])));
                 }
             }
         }
     }
-    // The same trees over 16 rows: to[c] of value(0..15, c), n a multiple of 16.
+    // The same tree down the rows: 16 columns are a vector, and every level is an addition of whole vectors.
     template <class V, class Op> FLAT void fold_rows16(int n, V value, Op op, float* to) const {
         for (int first = 0; first < n; first += 16) {
             float t[8][16];
@@ -643,7 +716,7 @@ template <int W> struct Group {
             for (int c = 0; c < 16; c++) to[first + c] = t[0][c];
         }
     }
-    // The sum of f(i) in double, in a fixed order.
+    // 8 partial sums: element i into sum i % 8.
     template <class F> FLAT double sum_double(int n, F f) const {
         double s[8] = {};
         for (int i = 0; i < (n & ~7); i += 8) {
@@ -653,7 +726,7 @@ template <int W> struct Group {
         for (int i = n & ~7; i < n; i++) s[i & 7] += f(i);
         return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
     }
-    // 16 partial sums whatever the vector width, then a fixed tree.
+    // 16 partial sums: one vector of AVX-512, two of AVX2, four of SSE, and the same additions by each.
     template <class F, class... P> FLAT acc_t sum(int n, F f, P... p) const {
         acc_t s[16] = {};
         int whole = n & ~15;
@@ -689,7 +762,9 @@ template <int W> struct Group {
 };
 #endif
 
-// Runs kernel(group, row) for every row in [0, n). Rows must not depend on each other.
+// Runs kernel(group, row) for every row in [0, n), a group of W lanes each. Rows must not depend on each other: they run at any time, in any
+// order. Which W: enough for a row's loads, 8 for 64 bf16, 32 for thousands of elements, 128 or more where rows are few. `cost` is for the
+// profiler.
 template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int64_t n, F kernel) {
     Launch launch(ctx, tag_name<Tag>(), cost);
     if (n <= 0) return;
@@ -697,7 +772,7 @@ template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int
     constexpr int groups = W < 128 ? 128 / W : 1;
     start(ctx, rows_kernel<Tag, W, F>, (n + groups - 1) / groups, W < 128 ? 128 : W, 0, n, kernel);
 #else
-    // Sixteen pieces a thread, taken as threads come free: a core that is slower, or busy with something else, delays less.
+    // Sixteen shares a thread, taken as threads come free: a core that is slower, or busy with something else, delays less.
     int64_t share = std::max<int64_t>(1, n / (16 * ctx.threads));
     #pragma omp parallel for schedule(dynamic, share) num_threads(ctx.threads)
     for (int64_t r = 0; r < n; r++) kernel(Group<W>(), r);
@@ -713,7 +788,7 @@ template <class Tag, class Stage, class F> __global__ void __launch_bounds__(256
 #endif
 
 // Runs kernel(group, tile, stage) for every tile in [0, n). `stage` is a plain struct of arrays near the lanes (shared memory, or
-// L1) that lanes fill and read together, with g.sync() between; its contents do not outlive the tile.
+// L1) that lanes fill and read together, with g.sync() between; its contents do not outlive the tile. At most 48 KB.
 template <class Tag, class Stage, class F> void for_tiles(Ctx& ctx, Cost cost, int64_t n, F kernel) {
     Launch launch(ctx, tag_name<Tag>(), cost);
     if (n <= 0) return;
@@ -727,9 +802,19 @@ template <class Tag, class Stage, class F> void for_tiles(Ctx& ctx, Cost cost, i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Launches that repeat. A step of a small model on a GPU is thousands of launches of microseconds, which a CPU may not make fast enough.
+// Launches that repeat. A step of a small model on a GPU is thousands of launches of microseconds, which a CPU may not make fast enough. A CUDA
+// graph is a list of launches that was recorded once, with their arguments, and is started as a whole.
+//
+// Arguments are frozen as they were when recorded, and of all that a step passes to kernels two numbers change: the step and the
+// micro-batch in random keys. So keys that are recorded carry a pointer in their place, to a clock in device memory: now() reads it as
+// the kernel runs. A kernel of its own sets that clock ahead of the graph whenever the time has changed:
+//
+//     call 1        f()                                   plans are made and code is loaded, neither of which can be recorded
+//     call 2        f() recorded, made a graph, and then as call 3
+//     call 3 ...    set_time(), cudaGraphLaunch()         two calls for the CPU, or one, whatever f() launches
 
-typedef std::array<int64_t, 8> GraphKey;        // names a list of launches: equal keys, equal launches with equal arguments
+// Names a list of launches: equal keys, equal launches with equal arguments. What goes in is the caller's: which block, which pointers.
+typedef std::array<int64_t, 8> GraphKey;
 #ifdef __CUDACC__
 struct Graphs {
     struct Recorded {
@@ -740,6 +825,7 @@ struct Graphs {
     Clock *clock, shown = {~0u, ~0u};           // what recorded draws ask for the time, on the device; what it shows
     Graphs() : clock((Clock*)device_alloc(sizeof(Clock), "the clock of recorded launches")) {}
 };
+// A launch like any other, so the stream keeps it behind the graph before and ahead of the one that reads it.
 struct set_clock;
 inline void set_time(Ctx& ctx, Graphs& g) {
     Clock time = {ctx.step, ctx.micro}, *clock = g.clock;
@@ -759,12 +845,12 @@ template <class F> void replay(Ctx& ctx, const GraphKey& key, bool repeats, F f)
         Graphs::Recorded& r = g.all[key];
         if (r.seen && !r.graph) {
             cudaGraph_t graph;
-            ctx.clock = g.clock;
+            ctx.clock = g.clock;                                                // f() copies it into the keys that it makes
             CUDA(cudaStreamBeginCapture(ctx.stream, cudaStreamCaptureModeRelaxed));
             f();
             CUDA(cudaStreamEndCapture(ctx.stream, &graph));
             ctx.clock = nullptr;
-            CUDA(cudaGraphInstantiate(&r.graph, graph, 0));
+            CUDA(cudaGraphInstantiate(&r.graph, graph, 0));                     // nothing has run yet: recording only writes down
             CUDA(cudaGraphDestroy(graph));
         }
         if (r.graph) {
