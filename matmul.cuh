@@ -7,9 +7,18 @@
 //     dgrad  dX (l x m) = D  (l x n) W   (n x m)        matmul(ctx, name, dX, D,             W,              l, m, n, 0)
 //     wgrad  dW (n x m) += D^T (n x l) X (l x m)        matmul(ctx, name, dW, D.transposed(), X,             n, m, l, 1)
 //
+// A plan is what a library works out once for a shape, its layouts and types: the kernel to run (cuBLASLt), or machine code made for it
+// (oneDNN). Both take far longer than a small product, so plans are kept in a map and looked up by MatmulKey.
+//
 // CPU. The result is cut into tiles of 256 x 512, each computed by one thread by a single-threaded library call: no thread
 // count can change the order of an addition, hence not a bit. oneDNN multiplies bf16 operands into float on the CPU's own bf16
-// units where these are faster (AMX; AVX512-BF16 on AMD); elsewhere bf16-valued operands are stored and multiplied as float.
+// units where these are faster (AMX; AVX512-BF16 on AMD); elsewhere bf16-valued operands are stored and multiplied as float. A wgrad's k, the
+// tokens, is cut too, for the cache's sake. For a result of 600 x 1000, k = 1100 read from a transposed A, tiles and chunks are
+//
+//     | 256 x 512 | 256 x 488 |          each    k: | 512 | 512 | 76 |    added to the tile in this order
+//     | 256 x 512 | 256 x 488 |
+//     |  88 x 512 |  88 x 488 |
+//
 // GPU. cuBLASLt; a plan is the heuristic's first answer, cached by shape, so that two runs use the same kernels. Operands as fp4.cuh packs
 // them are multiplied by the GPU's own FP8 and FP4 units where cuBLASLt has a kernel for them (has(), serves()).
 #pragma once
@@ -36,20 +45,21 @@ HD size_t size_of(Type t) { return bits_in(t) / 8; }              // of all but 
 HD bool is_narrow(Type t) { return t >= Type::fp8; }
 HD bool is_tensorwise(Type t) { return t == Type::fp8 || t == Type::fp8_e5m2; }
 
-// A row-major matrix in memory. transposed(): the same memory, read as its transpose. scale: one float on the device that
-// multiplies the whole matrix (an FP4 operand's tensor scale), or null. blocks: scale bytes of mxfp8 and nvfp4, in tiles of 128 x 4; the
-// rows' floats of fp8_row. row_amax: every row's max |x| as the kernel that made the matrix left it, or null.
+// A row-major matrix in memory: element (r, c) is data[r * ld + c], or, read as its transpose, data[c * ld + r]. It owns nothing and does not
+// know its size; who multiplies does.
 struct Mat {
     const void* data;
     Type type;
-    int64_t ld;
-    bool trans = false;
-    const float* scale = nullptr;
-    const uint8_t* blocks = nullptr;
-    const float* row_amax = nullptr;
-    Mat transposed() const { return {data, type, ld, !trans, scale, blocks}; }
+    int64_t ld;                        // elements from one row to the next
+    bool trans = false;                // read as its transpose
+    const float* scale = nullptr;      // one float on the device that multiplies the whole matrix (an FP4 operand's tensor scale), or null
+    const uint8_t* blocks = nullptr;   // scale bytes of mxfp8 and nvfp4, in tiles of 128 x 4; the rows' floats of fp8_row
+    const float* row_amax = nullptr;   // every row's max |x| as the kernel that made the matrix left it, or null
+    Mat transposed() const { return {data, type, ld, !trans, scale, blocks}; }      // the same memory
 };
-template <class T> Mat mat(const T* data, int64_t ld, const float* row_amax = nullptr) { return {data, type_of<T>(), ld, false, nullptr, nullptr, row_amax}; }
+template <class T> Mat mat(const T* data, int64_t ld, const float* row_amax = nullptr) {
+    return {data, type_of<T>(), ld, false, nullptr, nullptr, row_amax};
+}
 
 // A product C (m x n) = A (m x k) B (k x n), or C += A B, but for its data: what a plan is made for and cached under.
 struct MatmulKey {
@@ -76,13 +86,16 @@ inline MatmulKey narrow_key(Type a, Type b, int64_t m, int64_t n, int64_t k, Typ
 #if !defined(METIS_EMULATED) && CUDART_VERSION < 12090
 #error "metis.cu needs CUDA 12.9 or newer: make NVCC=/path/to/nvcc, or make GPU=0"
 #endif
-#define CUBLAS(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: %s (%s)", cublasLtGetStatusString(s_), #call); } while (0)
+#define CUBLAS(call) do { \
+    cublasStatus_t s_ = (call); \
+    if (s_ != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: %s (%s)", cublasLtGetStatusString(s_), #call); \
+} while (0)
 
 struct MatmulPlans {
     struct Plan {
-        cublasLtMatmulDesc_t desc;
-        cublasLtMatrixLayout_t a, b, c;
-        cublasLtMatmulAlgo_t algo;
+        cublasLtMatmulDesc_t desc;                            // transposes, precision of the sum, scales
+        cublasLtMatrixLayout_t a, b, c;                       // cuBLAS' A, B, C: our B, A, C (describe())
+        cublasLtMatmulAlgo_t algo;                            // the kernel
         bool found = false;                                   // cuBLASLt has a kernel
     };
     cublasLtHandle_t handle;
@@ -105,7 +118,8 @@ struct MatmulPlans {
     static const char* library() { return "cuBLASLt"; }
 
     static cudaDataType_t cuda_type(Type t) {
-        static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16BF, CUDA_R_64F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2, CUDA_R_8F_E4M3, CUDA_R_4F_E2M1, CUDA_R_8F_E4M3};
+        static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16BF, CUDA_R_64F, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2,
+                                               CUDA_R_8F_E4M3, CUDA_R_4F_E2M1, CUDA_R_8F_E4M3};
         return types[(int)t];
     }
     // One attribute of a product's description, or of what the heuristic is to look for.
@@ -115,6 +129,7 @@ struct MatmulPlans {
     template <class T> static void set(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t which, const T& value) {
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(p, which, &value, sizeof value));
     }
+    // Where cuBLAS' A, or B, has its scales: one float, or a byte a block, or a float a row.
     static void set_scale(const Plan& p, bool of_b, const void* scale) {
         set(p.desc, of_b ? CUBLASLT_MATMUL_DESC_B_SCALE_POINTER : CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scale);
     }
@@ -226,6 +241,7 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
     const MatmulPlans::Plan& p = ctx.plans->plan(key);
     float one = 1, beta_value = key.add ? 1 : 0;
     const float *alpha = &one, *beta = &beta_value;
+    // Tensor scales: alpha = their product, made by a kernel of one lane in the same stream; cuBLASLt reads it and beta on the device.
     if (key.scaled) {
         float* product = ctx.plans->factors + 2;
         const float *sa = a.scale, *sb = b.scale;
@@ -248,7 +264,10 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
 // ------------------------------------------------------------------------------------------------------------------- the CPU
 
 // The reference: for every element of C a sum over k in ascending order by fused multiply-adds, starting from 0, then added to
-// C where beta is 1. B is packed 16 columns at a time so that the inner loop is the same for every layout.
+// C where beta is 1. 4 x 16 sums stay in registers: each step of k reads 4 elements of A and 16 of B for 64 multiply-adds.
+//
+//     panel  k x 16    B's columns j0 ... j0 + 15, packed once for all rows of A, so that the inner loop is the same for every layout;
+//                      columns beyond n are zeros, and rows beyond m repeat the last: nothing of either is stored
 template <class T> void plain_tile(T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, bool add, T* panel) {
     const T* A = (const T*)a.data;
     const T* B = (const T*)b.data;
@@ -280,10 +299,11 @@ template <class T> void plain_tile(T* c, int64_t ldc, const Mat& a, const Mat& b
 struct MatmulPlans {
     struct Plan {
         MatmulKey key;
-        size_t scratch = 0;
+        size_t scratch = 0;                                   // bytes that one execution needs
 #ifdef METIS_ONEDNN
         dnnl::matmul primitive;
-        std::vector<std::array<dnnl::memory, 4>> args;    // a, b, c and scratch of every thread: making them costs as much as a small tile
+        // a, b, c and scratch of every thread, without their data: making these objects costs as much as a small tile.
+        std::vector<std::array<dnnl::memory, 4>> args;
 #endif
     };
     std::map<MatmulKey, Plan> cache;
@@ -325,7 +345,7 @@ struct MatmulPlans {
         p.key = key;
 #ifdef METIS_ONEDNN
         typedef dnnl::memory::dims Dims;
-        // A layout is a size and a stride for each axis, so a transpose is another pair of strides. Tiles of C end where other tiles begin: ldc.
+        // A layout is a size and a stride for each axis, so a transpose is another pair of strides.
         auto type = [](Type t) { return t == Type::bf16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32; };
         auto strides = [](bool trans, int64_t ld) { return trans ? Dims{1, ld} : Dims{ld, 1}; };
         dnnl::memory::desc a(Dims{key.m, key.k}, type(key.a), strides(key.trans_a, key.lda));
@@ -343,7 +363,7 @@ struct MatmulPlans {
 #else
         dnnl::matmul::primitive_desc pd(dnnl::matmul::desc(a, b, c), attr, engine);
 #endif
-        p.primitive = dnnl::matmul(pd);                                     // generates machine code for this very shape: milliseconds
+        p.primitive = dnnl::matmul(pd);                                     // machine code for this very shape is made here
         p.scratch = pd.scratchpad_desc().get_size();
         for (int t = 0; t < threads; t++) {
             auto none = [&](const dnnl::memory::desc& d) { return dnnl::memory(d, engine, nullptr); };
@@ -355,7 +375,8 @@ struct MatmulPlans {
         return cache.emplace(key, std::move(p)).first->second;
     }
 
-    // One tile by the calling thread. a, b and c point at the tile's first elements.
+    // One tile by the calling thread. a, b and c point at the tile's first elements. By oneDNN's C interface: the C++ one takes a hash map
+    // of arguments, made anew for every tile.
     void run(Ctx& ctx, const Plan& p, void* c, const void* a, const void* b) {
         void* pad = ctx.scratch(1, p.scratch);
 #ifdef METIS_ONEDNN
@@ -377,14 +398,18 @@ struct MatmulPlans {
 // rows lie far apart, and 512 of them at a time, added in order, stay in cache: up to 1.4x.
 constexpr int64_t tile_rows = 256, tile_cols = 512, tile_depth = 512;
 
-// c (rows x cols, ld apart) = alpha * t, or += where add: the scaled product's last step. t is contiguous.
+// c (rows x cols, ld apart) = alpha * t, or += where add: the scaled product's last step. t is contiguous. Scaling after the sum, as a
+// tensor core's alpha does: operands that are exact in bf16 stay so.
 template <class T> void scale_tile(T* c, int64_t ld, const T* t, int64_t rows, int64_t cols, T alpha, bool add) {
     for (int64_t i = 0; i < rows; i++) {
         #pragma omp simd
-        for (int64_t j = 0; j < cols; j++) c[i * ld + j] = add ? c[i * ld + j] + alpha * t[i * cols + j] : alpha * t[i * cols + j];
+        for (int64_t j = 0; j < cols; j++) {
+            c[i * ld + j] = add ? c[i * ld + j] + alpha * t[i * cols + j] : alpha * t[i * cols + j];
+        }
     }
 }
 
+// Every tile of C by one thread, as threads come free: no two write the same element, and none waits for another.
 inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const MatmulKey& key) {
     const int64_t m = key.m, n = key.n, k = key.k, ld = key.ldc;
     const int64_t depth = a.trans ? tile_depth : k;
@@ -420,14 +445,19 @@ inline void matmul_run(Ctx& ctx, void* c, const Mat& a, const Mat& b, const Matm
             const MatmulPlans::Plan& plan = *plans[i == rows - 1][j == cols - 1][kind(p)];
             ctx.plans->run(ctx, plan, to, pa + i * row_a + p * deep_a, pb + j * col_b + p * deep_b);
         }
-        if (beside) scale_tile((acc_t*)pc, ld, (const acc_t*)to, piece(m, i, tile_rows), piece(n, j, tile_cols), alpha, add);
+        if (beside) {
+            scale_tile((acc_t*)pc, ld, (const acc_t*)to, piece(m, i, tile_rows), piece(n, j, tile_cols), alpha, add);
+        }
     }
 }
 #endif
 
-// C (m x n) = alpha A (m x k) B (k x n) + beta C, alpha the product of the operands' scales, beta 0 or 1. `name` is the profiler's. C never overlaps A or B.
-template <class T> void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta) {
-    double bytes = double(m) * k * bits_in(a.type) / 8 + double(k) * n * bits_in(b.type) / 8 + double(m) * n * sizeof(T) * (1 + beta);
+// C (m x n) = alpha A (m x k) B (k x n) + beta C, alpha the product of the operands' scales, beta 0 or 1. `name` is the profiler's. C never
+// overlaps A or B. Types: A and B both float or both bf16 (double in a double build), or narrow where has() says so; C float or bf16.
+template <class T>
+void matmul(Ctx& ctx, const char* name, T* c, int64_t ldc, const Mat& a, const Mat& b, int64_t m, int64_t n, int64_t k, int beta) {
+    double read = double(m) * k * bits_in(a.type) / 8 + double(k) * n * bits_in(b.type) / 8;
+    double bytes = read + double(m) * n * sizeof(T) * (1 + beta);                   // C is written, and read if it is added to
     Launch launch(ctx, name, {bytes, 2.0 * m * n * k});
     matmul_run(ctx, c, a, b, matmul_key(a, b, m, n, k, ldc, type_of<T>(), beta != 0));
 }
