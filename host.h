@@ -28,6 +28,7 @@
     exit(2);
 }
 
+// Seconds since some moment in the past: for differences. Monotonic: setting the clock of the machine does not move it.
 inline double seconds() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -53,8 +54,9 @@ struct MappedFile {
             if (p == MAP_FAILED) fail("cannot map %s: %s", file.c_str(), strerror(errno));
             data = (const uint8_t*)p;
         }
-        close(fd);
+        close(fd);                                                // the mapping stays
     }
+    // Moves, so that files can be kept in vectors; a copy would unmap twice.
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
     MappedFile(MappedFile&& o) noexcept : path(std::move(o.path)), data(o.data), size(o.size) { o.data = nullptr; o.size = 0; }
@@ -63,11 +65,16 @@ struct MappedFile {
 
 // 64-bit checksum of a stream of bytes, for damage, not for malice: four interleaved multiply-rotate lanes over 8-byte words
 // (several GB/s), folded with the length. Feed any pieces in order; the result does not depend on how they were cut.
+//
+//     bytes   0-7     8-15    16-23   24-31  |  32-39 ...
+//     lane    0       1       2       3      |  0     ...      four chains, so that a multiplication need not wait for the one before it
 struct Checksum {
+    // Where lanes start: odd constants with no pattern, so that lanes exchanged are seen.
     uint64_t lane[4] = {0x9E3779B97F4A7C15u, 0xBF58476D1CE4E5B9u, 0x94D049BB133111EBu, 0xD6E8FEB86659FD93u};
-    uint64_t length = 0;
-    uint8_t pending[32];
+    uint64_t length = 0;          // bytes so far
+    uint8_t pending[32];          // the last length % 32 of them, no whole block yet
 
+    // One to one in either argument: a changed word always changes its lane.
     static uint64_t mix(uint64_t h, uint64_t word) {
         h = (h ^ word) * 0x9FB21C651E98DF25u;
         return (h << 29) | (h >> 35);
@@ -93,6 +100,7 @@ struct Checksum {
         for (; n >= 32; p += 32, n -= 32) block(p);
         memcpy(pending, p, n);
     }
+    // Of what came so far, its last block filled up with zeros (the length tells it from bytes that are zero); more may follow.
     uint64_t value() const {
         Checksum c = *this;
         memset(c.pending + length % 32, 0, 32 - length % 32);
