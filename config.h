@@ -16,7 +16,7 @@
 #include <nlohmann/json.hpp>
 #include "host.h"       // fail, MappedFile
 
-// Llama-3.1's way to reach longer texts than it was trained on (llama.cuh, rope_table): wavelengths, in tokens, above original / low
+// Llama-3.1's way to reach longer texts than it was trained on (rope.cuh, rope_table): wavelengths, in tokens, above original / low
 // are stretched by `factor`, those below original / high are left alone, and between them lies a linear blend.
 // "rope_type": "llama3" in config.json; factor 0: none.
 struct RopeScaling { double factor = 0, low = 1, high = 4, original = 8192; };

@@ -379,8 +379,8 @@ inline void set_zero(Ctx& ctx, void* p, size_t n) {
 //     tile(height, width, shift, f)    f(r, c), r < height, c < width <= 2^shift
 //     grid16(n, f, ahead)              f(i, j), i < n, j < 16; ahead(i) may fetch what a later i needs (CPU), or is left out
 //     draw16(n, key, first, f)         f(i, j, words) likewise, words being block first(i) + j of key's stream; first(i) a multiple of 16
-//     fold16(n, value, op, to)         to[i] = value(i, 0..15) put together by op, i < n, n a multiple of 16
-//     fold_rows16(n, value, op, to)    to[i] = value(0..15, i) likewise
+//     fold16<any>(n, value, op, to)    to[i] = value(i, 0..15) put together by op, i < n, n a multiple of 16; any: in whatever order
+//     fold_rows16(n, value, op, to)    to[i] = value(0..15, i) likewise (CPU)
 //     fetch(p, n)                      asks for the cache lines of n elements (CPU)
 //
 // Of map, sum and max: a row const T* is read, T* is read and written, out(T*) only written. f sees acc_t's, by reference where it may write
@@ -780,7 +780,8 @@ template <class Tag, int W = 32, class F> void for_rows(Ctx& ctx, Cost cost, int
 }
 
 #ifdef __CUDACC__
-// Four blocks on a multiprocessor, 64 registers a lane: a tile waits for memory and barriers, and others must fill the gaps.
+// Four blocks on a multiprocessor, 64 registers a lane: a tile waits for memory and barriers, and others must fill the gaps. (Three on sm_89
+// and sm_120, whose 100 KB of shared memory hold no four stages of 31.)
 template <class Tag, class Stage, class F> __global__ void __launch_bounds__(256, 4) tiles_kernel(F f) {
     __shared__ Stage stage;
     f(Group<256>(), (int64_t)blockIdx.x, stage);

@@ -203,32 +203,6 @@ inline void rmsnorm_grad(Ctx& ctx, act_t* dx, acc_t* dw, acc_t* partial, const a
     });
 }
 
-// cos and sin of position * frequency, (T x D/2) each, as Hugging Face computes them: frequencies theta^(-2i/D) in float32, with
-// Llama-3.1's scaling ("rope_type": "llama3"). By wavelength, in tokens, for factor 8, low 1, high 4, original 8192:
-//
-//     < 2048 = original / high           as it is: it turned fully within what the model was trained on
-//     2048 .. 8192                       between
-//     > 8192 = original / low            8 times as long: positions up to 8 * 8192 give angles that training has seen
-inline void rope_table(std::vector<acc_t>& cosine, std::vector<acc_t>& sine, const Config& c, int T) {
-    int half_d = c.head_dim / 2;
-    cosine.resize((size_t)T * half_d), sine.resize((size_t)T * half_d);
-    for (int i = 0; i < half_d; i++) {
-        double f = 1 / std::pow(c.rope_theta, 2.0 * i / c.head_dim);
-        if (c.scaling.factor > 0) {
-            const RopeScaling& s = c.scaling;
-            double wavelength = 2 * M_PI / f;
-            double blend = (s.original / wavelength - s.low) / (s.high - s.low);
-            if (wavelength > s.original / s.low) f /= s.factor;
-            else if (wavelength >= s.original / s.high) f = (1 - blend) * f / s.factor + blend * f;
-        }
-        for (int t = 0; t < T; t++) {
-            float angle = (float)t * (float)f, sn, cs;
-            sincos_(angle, &sn, &cs);
-            cosine[(size_t)t * half_d + i] = cs, sine[(size_t)t * half_d + i] = sn;
-        }
-    }
-}
-
 // s (N x F) = silu(gate) * up, gu (N x 2F) = [gate | up]. Torch: F.silu(gate) * up.
 inline void swiglu(Ctx& ctx, act_t* s, const act_t* gu, int64_t N, int F, float* amax = nullptr) {
     for_rows<swiglu_forward>(ctx, {N * F * sizeof(act_t) * 3., N * F * 8.}, N, KERNEL(Group<32> g, int64_t r) {

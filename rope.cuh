@@ -7,6 +7,7 @@
 // Elements i and i + D/2 of a head are a point in a plane, turned by the angle (position x frequency i). A turn keeps lengths, and
 // the product of a query at position s with a key at position t sees their distance alone: (R(s) q) . (R(t) k) = q . R(t - s) k.
 #pragma once
+#include "config.h"     // Config
 #include "device.cuh"   // for_rows, sincos_
 
 struct Heads {
@@ -19,16 +20,16 @@ struct Angles { const acc_t *cosine = nullptr, *sine = nullptr; };
 
 // The table for positions 0 ... T - 1 as Hugging Face computes it: frequencies theta^(-2 i / D), i < D/2, in float32. With theta = 500000 and
 // D = 64 the first pair turns by 1 radian a token, once around in 6.3 tokens, the last once around in 2.1 million.
-// c: a Config. Its scaling, if there is a factor, is Llama-3.1's, which makes a model trained on `original` tokens read longer texts: pairs
+// c's scaling, if there is a factor, is Llama-3.1's, which makes a model trained on `original` tokens read longer texts: pairs
 // that go around within original / high tokens, and so tell neighbours apart, are kept; those that need more than original / low, whose
 // angles beyond `original` were never seen, are slowed down by the factor; a linear blend lies between.
-template <class C> void rope_table(std::vector<acc_t>& cosine, std::vector<acc_t>& sine, const C& c, int T) {
+inline void rope_table(std::vector<acc_t>& cosine, std::vector<acc_t>& sine, const Config& c, int T) {
     int half_d = c.head_dim / 2;
     cosine.resize((size_t)T * half_d), sine.resize((size_t)T * half_d);
     for (int i = 0; i < half_d; i++) {
         double f = 1 / std::pow(c.rope_theta, 2.0 * i / c.head_dim);
         if (c.scaling.factor > 0) {
-            const auto& s = c.scaling;
+            const RopeScaling& s = c.scaling;
             double wavelength = 2 * M_PI / f;                                       // tokens to go around once
             double blend = (s.original / wavelength - s.low) / (s.high - s.low);    // 0 at original / low, 1 at original / high
             if (wavelength > s.original / s.low) f /= s.factor;
