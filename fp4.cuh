@@ -1,6 +1,6 @@
 // fp4.cuh: the numbers. Small floats (E2M1, E4M3, E5M2, and E8M0 for scales), blocks that share a scale, rounding, Hadamard, packing.
 //
-// A cell (Operand) says how a matrix becomes the operand of a GEMM. quantise() obeys it in two passes over the matrix:
+// A cell (Cell) says how a matrix becomes the operand of a GEMM. quantise() obeys it in two passes over the matrix:
 //
 //     tensor_scale()   amax of the whole matrix -> S_enc, S_dec                    (only formats with a tensor scale; of row amaxes, if noted)
 //     row_scales()     amax of each row -> its scale                               (FP8 with block = row)
@@ -127,7 +127,7 @@ enum class Carrier { own, e4m3, e5m2 };               // codes and scale bytes; 
 
 // How one operand is prepared. Formats without blocks ignore `block` and `scale`; f32 and bf16 ignore all else. A new field also belongs
 // into operator== below (or linear_backward() may take one cell's operand for another's), and into recipes.cuh.
-struct Operand {
+struct Cell {
     Format format;
     Block block = Block::vector;
     Rounding rounding = Rounding::nearest;
@@ -141,7 +141,7 @@ struct Operand {
     Draws draws = Draws::own;
     Carrier carrier = Carrier::own; // of a 4-bit format whose block scales are powers of two
 };
-inline bool operator==(Operand a, Operand b) {
+inline bool operator==(Cell a, Cell b) {
     return a.format == b.format && a.block == b.block && a.rounding == b.rounding && a.scale == b.scale && a.hadamard == b.hadamard &&
            a.signs == b.signs && a.split == b.split && a.factors == b.factors && a.residual == b.residual && a.along == b.along && a.draws == b.draws &&
            a.carrier == b.carrier;
@@ -158,14 +158,14 @@ inline Minifloat element_of(Format f) { return is_4bit(f) ? e2m1 : f == Format::
 // A GPU without FP4 units has FP8 ones, and an E2M1 code times a power of two is an FP8 number: exactly, over 15 binades of scales in E4M3
 // and 29 in E5M2. So 4-bit operands with power-of-two block scales (MXFP4; NVFP4 under po2) go through FP8 units, their largest scale where
 // FP8 ends and one float a tensor for the rest. Blocks further below lose bits, on all machines alike; the tally counts them (lost).
-HD bool is_carried(Operand c) { return c.carrier != Carrier::own; }
-inline Minifloat stored_as(Operand c) { return c.carrier == Carrier::e4m3 ? e4m3 : c.carrier == Carrier::e5m2 ? e5m2 : element_of(c.format); }
-HD bool has_scale_bytes(Operand c) { return has_blocks(c.format) && !is_carried(c); }
+HD bool is_carried(Cell c) { return c.carrier != Carrier::own; }
+inline Minifloat stored_as(Cell c) { return c.carrier == Carrier::e4m3 ? e4m3 : c.carrier == Carrier::e5m2 ? e5m2 : element_of(c.format); }
+HD bool has_scale_bytes(Cell c) { return has_blocks(c.format) && !is_carried(c); }
 HD bool is_fp8(Format f) { return f == Format::fp8 || f == Format::fp8_e5m2; }
-HD bool has_row_scales(Operand c) { return is_fp8(c.format) && c.block == Block::row; }
-HD bool has_tensor_scale(Operand c) { return (is_fp8(c.format) && c.block != Block::row) || c.format == Format::nvfp4 || is_carried(c); }
+HD bool has_row_scales(Cell c) { return is_fp8(c.format) && c.block == Block::row; }
+HD bool has_tensor_scale(Cell c) { return (is_fp8(c.format) && c.block != Block::row) || c.format == Format::nvfp4 || is_carried(c); }
 // The exponent of the largest power-of-two block scale that c's storage has room for: 6 times it is the largest value.
-inline int top_exponent(Operand c) { return c.carrier == Carrier::e4m3 ? 6 : c.carrier == Carrier::e5m2 ? 13 : 8; }
+inline int top_exponent(Cell c) { return c.carrier == Carrier::e4m3 ? 6 : c.carrier == Carrier::e5m2 ? 13 : 8; }
 
 // The axis of the source that the GEMM contracts: along its rows, or down its columns.
 enum class Axis { row, column };
@@ -173,7 +173,7 @@ enum class Axis { row, column };
 // Scales of one call, computed on the host from the cell. S_enc takes the tensor's amax to `full`: in NVFP4 the largest block
 // scale times `top`, the code on which the largest element of a block lands; in FP8 the largest code.
 struct ScaleRule { float full, top, inverse_top; };
-inline ScaleRule scale_rule(Operand c) {
+inline ScaleRule scale_rule(Cell c) {
     if (c.scale == Scale::po2) return {std::ldexp(6.f, top_exponent(c)), 6.f, 1.f / 6};
     if (c.format != Format::nvfp4) return {element_of(c.format).max, 0, 0};
     bool room = c.scale == Scale::headroom || (c.scale == Scale::four_six && c.rounding == Rounding::stochastic);
@@ -217,12 +217,12 @@ struct TileShape {
     int64_t rows, cols, across, count;
 };
 // Square blocks are the same along both axes: theirs is always the second picture, whose rows of units are rows of squares.
-inline bool lies_along_row(Operand c, Axis axis) { return axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square); }
-inline int tile_height(Operand c, Axis axis) {
+inline bool lies_along_row(Cell c, Axis axis) { return axis == Axis::row && !(has_blocks(c.format) && c.block == Block::square); }
+inline int tile_height(Cell c, Axis axis) {
     int block = has_blocks(c.format) ? block_length(c.format) : 16;
     return lies_along_row(c, axis) ? 16 : std::max(block, c.hadamard);
 }
-inline TileShape tile_shape(Operand c, Axis axis, int64_t rows, int64_t cols, int height = 0) {      // at least `height` rows a tile
+inline TileShape tile_shape(Cell c, Axis axis, int64_t rows, int64_t cols, int height = 0) {      // at least `height` rows a tile
     TileShape s;
     s.along_row = lies_along_row(c, axis);
     height = std::max(height, tile_height(c, axis));
@@ -403,7 +403,7 @@ struct quantise_amax; struct quantise_scale; struct quantise_tiles; struct quant
 // scale (2 floats: S_enc, S_dec) and partial (quantise_partials() floats) are scratch that the call fills.
 // `key` names the draws of stochastic rounding, `sign_key` those of random signs: the two operands of a GEMM share it.
 struct QuantCall {
-    Operand cell;
+    Cell cell;
     Axis axis;
     int64_t rows, cols;
     RandomKey key, sign_key;
@@ -433,28 +433,28 @@ struct Packed {
 };
 // In the tiled order, a tile is 128 rows by 4 blocks, 512 bytes: 16 bytes for each of 32 rows, 4 for row r and those 32, 64 and 96 below it.
 // (cuBLAS, "1D Block Scaling Factors Layout".) Rows beyond the last, up to 128, and blocks, up to 4, are there and must be no NaN.
-HD int packed_block(Operand c) { return has_scale_bytes(c) ? block_length(c.format) : 16; }
-HD bool is_nibbles(Operand c) { return is_4bit(c.format) && !is_carried(c); }
-HD int64_t packed_inner(Operand c, int64_t inner) { return (inner + packed_block(c) - 1) / packed_block(c) * packed_block(c); }
-inline size_t packed_bytes(Operand c, int64_t outer, int64_t inner) { return (size_t)(outer * packed_inner(c, inner) / (is_nibbles(c) ? 2 : 1)); }
+HD int packed_block(Cell c) { return has_scale_bytes(c) ? block_length(c.format) : 16; }
+HD bool is_nibbles(Cell c) { return is_4bit(c.format) && !is_carried(c); }
+HD int64_t packed_inner(Cell c, int64_t inner) { return (inner + packed_block(c) - 1) / packed_block(c) * packed_block(c); }
+inline size_t packed_bytes(Cell c, int64_t outer, int64_t inner) { return (size_t)(outer * packed_inner(c, inner) / (is_nibbles(c) ? 2 : 1)); }
 HD int64_t scale_offset(int64_t r, int64_t b, int64_t blocks, ScaleOrder order) {
     if (order == ScaleOrder::plain) return r * blocks + b;
     return (r / 128 * ((blocks + 3) / 4) + b / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + b % 4;
 }
-inline size_t packed_scale_bytes(Operand c, int64_t outer, int64_t inner, ScaleOrder order) {
+inline size_t packed_scale_bytes(Cell c, int64_t outer, int64_t inner, ScaleOrder order) {
     int64_t blocks = packed_inner(c, inner) / block_length(c.format);
     return (size_t)(order == ScaleOrder::plain ? outer * blocks : (outer + 127) / 128 * ((blocks + 3) / 4) * 512);
 }
 
 constexpr int64_t amax_chunk = 16384, amax_rows = 256;
 // Floats of scratch: partial amaxes; or a tally for each sampled tile; then scales of rows, and partial amaxes of columns.
-inline int64_t tile_partials(Operand c, int64_t rows, int64_t cols) {
+inline int64_t tile_partials(Cell c, int64_t rows, int64_t cols) {
     int64_t tiles = 0;
     for (int height = 16; height <= 128; height *= 2)                              // beside another operand tiles may be higher than its own
         for (Axis axis : {Axis::row, Axis::column}) tiles = std::max(tiles, tile_shape(c, axis, rows, cols, height).count);
     return std::max((rows * cols + amax_chunk - 1) / amax_chunk, tiles + tally_sums * (tiles / tally_every + 1));
 }
-inline int64_t quantise_partials(Operand c, int64_t rows, int64_t cols) {
+inline int64_t quantise_partials(Cell c, int64_t rows, int64_t cols) {
     return tile_partials(c, rows, cols) + (has_row_scales(c) ? std::max(rows, cols) + (rows + amax_rows - 1) / amax_rows * cols : 0);
 }
 
@@ -481,7 +481,7 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     float* own = q.partial;
     if (q.cell.hadamard || q.k) {
         TileShape t = tile_shape(q.cell, q.axis, q.rows, q.cols);
-        Operand cell = q.cell;
+        Cell cell = q.cell;
         RandomKey sign_key = q.sign_key;
         const acc_t *low_a = q.low_a, *low_b = q.low_b;
         int k = q.k;
@@ -630,9 +630,9 @@ template <class To> struct QuantJob {
 template <class To, int n> struct QuantJobs { QuantJob<To> job[n]; };            // a struct, which a kernel can be given
 
 // Whether one pass over a matrix can make both operands: a tile as high as both want must be as wide as a Hadamard along its rows.
-inline bool in_one_pass(Operand a, Axis axis_a, Operand b, Axis axis_b) {
+inline bool in_one_pass(Cell a, Axis axis_a, Cell b, Axis axis_b) {
     int width = tile_size / std::max({tile_height(a, axis_a), tile_height(b, axis_b), 16});
-    auto fits = [=](Operand c, Axis axis) { return !lies_along_row(c, axis) || c.hadamard <= width; };
+    auto fits = [=](Cell c, Axis axis) { return !lies_along_row(c, axis) || c.hadamard <= width; };
     return fits(a, axis_a) && fits(b, axis_b);
 }
 
@@ -640,7 +640,7 @@ inline bool in_one_pass(Operand a, Axis axis_a, Operand b, Axis axis_b) {
 
 // 1. s.enc and s.dec of every unit: what its elements are multiplied by before they are rounded, and its codes after.
 template <class G, class To> HD void scale_units(G g, const QuantJob<To>& job, QuantStage& s, int64_t r0, int64_t c0) {
-    const Operand cell = job.call.cell;
+    const Cell cell = job.call.cell;
     const TileShape t = job.tiles;
     const Minifloat f = job.element;
     const bool blocks = has_blocks(cell.format), down = job.down();
@@ -795,7 +795,7 @@ template <class G, class To> HD void pack_tile(G g, const QuantJob<To>& job, con
 template <class G, class To, class From> HD void quantise_tile(G g, const QuantJob<To>& job, int64_t i, QuantStage& s, const From* from, bool last) {
     const QuantCall& call = job.call;
     const TileShape t = job.tiles;
-    const Operand cell = call.cell;
+    const Cell cell = call.cell;
     const int64_t r0 = i / t.across * t.R, c0 = i % t.across * t.C, ld = call.ld ? call.ld : call.cols;
     const int height = height_at(t, r0), width = width_at(t, c0);
     float* tally = call.tally && i % tally_every == 0 ? call.partial + t.count + tally_sums * (i / tally_every) : nullptr;
@@ -835,7 +835,7 @@ template <class To, int n, class From> void quantise(Ctx& ctx, QuantJobs<To, n> 
     int height = 0;
     for (const QuantJob<To>& j : jobs.job) height = std::max(height, tile_height(j.call.cell, j.call.axis));
     for (QuantJob<To>& j : jobs.job) {
-        Operand cell = j.call.cell;
+        Cell cell = j.call.cell;
         j.tiles = tile_shape(cell, j.call.axis, j.call.rows, j.call.cols, height);
         j.element = element_of(cell.format), j.holder = stored_as(cell), j.rule = scale_rule(cell), j.most = std::ldexp(1.f, top_exponent(cell));
         j.row_scale = has_row_scales(cell) ? row_scales_of(j.call) : nullptr;

@@ -539,7 +539,7 @@ struct WidestOperands {
 
     // Room for a linear layer of `rows` tokens, in -> out, by row r. grad: the type of D (the head's is acc_t, the logits').
     void widen(const Recipe& r, int64_t rows, int64_t in, int64_t out, Type grad) {
-        const Operand* c = r.cell;
+        const Cell* c = r.cell;
         Type act = type_of<act_t>(), acc = type_of<acc_t>();
         auto bytes = [&](Which which, Type source, int64_t outer, int64_t contracted) {
             int64_t thin = thin_columns(r, which, m.k), elements = outer * (contracted + thin);
@@ -585,8 +585,8 @@ inline void plan_subspace(Model& m, int places, Arena& scratch) {
     int64_t k = m.k, wide = std::max({A, Q, C, 2 * F}), tall = std::max(N, wide);         // the most columns, and rows, of any X, W or D
     int q = (int)k + p.recipe.split.oversample;
     size_t size = 0;
-    for (const Operand& o : p.recipe.cell) size = std::max(size, size_of(operand_type(o.format)));
-    for (const Operand& o : p.eval.cell) size = std::max(size, size_of(operand_type(o.format)));
+    for (const Cell& o : p.recipe.cell) size = std::max(size, size_of(operand_type(o.format)));
+    for (const Cell& o : p.eval.cell) size = std::max(size, size_of(operand_type(o.format)));
     for (int i = 0; i < places; i++) {
         SideScratch& s = m.operands.side[i];
         s.unit = scratch.take<acc_t>(tall * k), s.norms = scratch.take<acc_t>(k), s.partial = scratch.take<acc_t>((tall / 256 + 1) * k);

@@ -30,7 +30,7 @@
 //
 // Tests: make build/cpu/test_linear build/cpu/test_metis, then run them; test/test_metis.py repeats the split in NumPy.
 #pragma once
-#include "recipes.cuh"  // Recipe, Which; Operand, quantise; SplitPlan
+#include "recipes.cuh"  // Recipe, Which; Cell, quantise; SplitPlan
 #include "subspace.cuh" // refresh_basis; matmul, Mat, Type
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ inline Type operand_type(Format f) {
 }
 
 // Bytes that an operand of `elements` takes in scratch; 0 where it is used as it lies.
-inline size_t operand_bytes(Operand cell, Type source, int64_t elements) {
+inline size_t operand_bytes(Cell cell, Type source, int64_t elements) {
     bool as_is = cell.format == Format::f32 ? source == operand_type(Format::f32) : cell.format == Format::bf16 && source == Type::bf16;
     return as_is ? 0 : elements * size_of(operand_type(cell.format));
 }
@@ -98,7 +98,7 @@ inline int64_t thin_columns(const Recipe& r, Which which, int k) { return k * (r
 
 // The type of an operand of this cell that a tensor core reads itself; f32: there is none, or its blocks lie along the wrong axis, or it
 // is split: then the GEMM is one of residuals beside thin factors (product()), which one block-scaled GEMM cannot hold.
-inline Type narrow_type(const Operand& c) {
+inline Type narrow_type(const Cell& c) {
     if (c.split || c.along == Along::other) return Type::f32;
     if (is_carried(c)) return c.carrier == Carrier::e4m3 ? Type::fp8 : Type::fp8_e5m2;
     if (has_row_scales(c)) return c.format == Format::fp8 ? Type::fp8_row : Type::f32;
@@ -107,18 +107,18 @@ inline Type narrow_type(const Operand& c) {
 }
 // Whether the GPU multiplies this GEMM's operands as they are: (m x k) (n x k)^T. Else they are emulated in bf16.
 inline bool runs_natively(const Ctx& ctx, const Recipe& r, Which first, int64_t m, int64_t n, int64_t k, Type c, bool add) {
-    const Operand &p = r.cell[first], &q = r.cell[first + 1];
+    const Cell &p = r.cell[first], &q = r.cell[first + 1];
     Type a = narrow_type(p), b = narrow_type(q);
     return ctx.plans->serves(a, b) && ctx.plans->has(narrow_key(a, b, m, n, k, c, add, has_tensor_scale(p) || has_tensor_scale(q)));
 }
 
-struct prepare_operand; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;
+struct convert_rows; struct split_norms; struct split_lengths; struct split_factors; struct split_thin;
 struct split_merged; struct split_gradients;
 
 template <class To, class From> void convert(Ctx& ctx, To* to, int64_t ld, const From* from, int64_t rows, int64_t cols, bool round_bf16) {
     Cost cost = {double(rows) * cols * (sizeof(To) + sizeof(From)), 0};
     int n = (int)cols;
-    for_rows<prepare_operand>(ctx, cost, rows, KERNEL(Group<32> g, int64_t r) {
+    for_rows<convert_rows>(ctx, cost, rows, KERNEL(Group<32> g, int64_t r) {
         g.map(n, [=](acc_t& o, acc_t v) {
             bf16 b;
             if (round_bf16) store(&b, (float)v), o = load(&b);
@@ -181,7 +181,7 @@ inline void quantise_operand(Ctx& ctx, const QuantCall& call, const Mat& to, con
 }
 
 // Whether an operand of this cell is the same along either axis, and whenever it is made.
-inline bool has_no_axis(const Operand& c) {
+inline bool has_no_axis(const Cell& c) {
     return !has_blocks(c.format) && !has_row_scales(c) && !c.hadamard && !c.split && c.rounding == Rounding::nearest;
 }
 // Whether D needs to be made once only: wgrad's operand is dgrad's, transposed. (Where both GEMMs are emulated: a tensor core reads (outer x
@@ -190,9 +190,9 @@ inline bool serves_twice(const Recipe& r) { return r.cell[dgrad_d] == r.cell[wgr
 
 // Whether D's two operands are made in one pass over it, which costs a third operand's memory and saves a read of D.
 inline bool in_one_pass(const Recipe& r) {
-    const Operand &p = r.cell[dgrad_d], &q = r.cell[wgrad_d];
+    const Cell &p = r.cell[dgrad_d], &q = r.cell[wgrad_d];
     if (!on_gpu && serves_twice(r)) return false;
-    auto blocks = [](const Operand& c, Axis axis) { return (c.along == Along::contracted) == (axis == Axis::row) ? Axis::row : Axis::column; };
+    auto blocks = [](const Cell& c, Axis axis) { return (c.along == Along::contracted) == (axis == Axis::row) ? Axis::row : Axis::column; };
     return is_quantised(p.format) && is_quantised(q.format) && is_float_stored(p.format) == is_float_stored(q.format) &&
            in_one_pass(p, blocks(p, Axis::row), q, blocks(q, Axis::column));
 }
@@ -204,7 +204,7 @@ inline int place_of(const Recipe& r, Which which, const OperandScratch& s) { ret
 // are rounded alike differ by chance; should the second have a block beyond the first's amax, that block's scale saturates at 448.
 inline bool same_scale(const Recipe& r, Which which, bool nearest) {
     if (made_before[which] == operand_count) return false;
-    Operand a = r.cell[made_before[which]], b = r.cell[which];
+    Cell a = r.cell[made_before[which]], b = r.cell[which];
     if (nearest) a.rounding = b.rounding = Rounding::nearest;
     bool alike = a.split == b.split && (!a.split || (a.factors == b.factors && a.residual == b.residual));
     bool one_rule = is_mx(a.format) == is_mx(b.format) && a.scale == b.scale && a.carrier == b.carrier && scale_rule(a).full == scale_rule(b).full;
@@ -316,7 +316,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
     const SideScratch& side = s.side[place_of(*lin.recipe, which, s)];
     const Recipe& recipe = *lin.recipe;
     const Matrix matrix = matrix_of[which];
-    const Operand cell = call.cell;
+    const Cell cell = call.cell;
     const int k = lin.splits.k;
     const int64_t rows = call.rows, cols = call.cols;
     const Type type = operand_type(cell.format);
@@ -346,7 +346,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
         convert(ctx, qa, mat((const acc_t*)unit, k), rows, k, true);
         convert(ctx, qb, mat((const acc_t*)basis, cols), k, cols, true);
     } else {
-        Operand thin = {cell.format, Block::vector, cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest, cell.scale};
+        Cell thin = {cell.format, Block::vector, cell.factors == Factors::stochastic ? Rounding::stochastic : Rounding::nearest, cell.scale};
         QuantCall a = call, b = call;
         a.cell = b.cell = thin, a.tally = b.tally = nullptr, a.scaled = b.scaled = false;
         a.cols = k, a.key.operand += draws_of_a, a.scale = side.scales;
@@ -382,7 +382,7 @@ inline void split_operand(Ctx& ctx, const Linear& lin, Which which, const Operan
 // How operand `which` of lin is quantised as its cell says, but for a low-rank part and the form it is stored in. `axis`: where in the
 // source (rows x cols) the contracted dimension is.
 inline QuantCall quant_call(const Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, int64_t rows, int64_t cols) {
-    Operand cell = lin.recipe->cell[which];
+    Cell cell = lin.recipe->cell[which];
     if (s.nearest) {                                               // evaluation gives the same loss each time
         cell.rounding = Rounding::nearest;
         if (cell.factors != Factors::exact) cell.factors = Factors::nearest;
@@ -412,12 +412,12 @@ inline void store_packed(QuantCall& call, Mat& to, int64_t outer, int64_t inner)
     if (has_row_scales(call.cell)) call.row_scale = (float*)behind, to.blocks = (const uint8_t*)behind;
 }
 
-// Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its place of s unless it can be used
+// Cell number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its place of s unless it can be used
 // as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted). native: as a tensor core
 // reads it. If `later` is given, the operand's elements await quantise_operands(), which makes all of a matrix's operands in one launch.
 inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols,
                         bool native = false, Making<2>* later = nullptr) {
-    const Operand cell = lin.recipe->cell[which];
+    const Cell cell = lin.recipe->cell[which];
     const int64_t thin = thin_columns(*lin.recipe, which, lin.splits.k);
     // Of a W whose factors are trained, a row without a split (one in bf16, or evaluation's) wants all of W.
     if (matrix_of[which] == matrix_w && lin.splits.factors.u && !cell.split) {

@@ -8,10 +8,10 @@
 //
 // To add a recipe: a row in recipes(), its cells from those above it, its source in the comment; then `./train_llama --list-recipes` shows
 // it, dev/shadow.py compares it with the others on one checkpoint, and dev/readme.py puts it into the README. To add a cell value: an enum
-// and a field of Operand in fp4.cuh, a line of cell_keys() and of cell_text() below, what contradicts it in recipe_error(), and its branch in
+// and a field of Cell in fp4.cuh, a line of cell_keys() and of cell_text() below, what contradicts it in recipe_error(), and its branch in
 // quantise_tile() (fp4.cuh) or prepare() (metis.cuh). If it changes scales or storage, same_scale() and narrow_type() there must know.
 #pragma once
-#include "fp4.cuh"      // Operand
+#include "fp4.cuh"      // Cell
 #include "subspace.cuh" // SplitPlan
 
 enum Which { fprop_x, fprop_w, dgrad_d, dgrad_w, wgrad_d, wgrad_x, operand_count };      // operands of GEMM Which / 2
@@ -24,7 +24,7 @@ constexpr Which made_before[operand_count] = {operand_count, operand_count, oper
 
 struct Recipe {
     std::string name, about;
-    Operand cell[operand_count];    // all that the linear layer knows of a recipe
+    Cell cell[operand_count];    // all that the linear layer knows of a recipe
     double last_share = 0;          // share of the blocks, from the end, whose linear layers stay in bf16
     SplitPlan split = {};           // for cells with split = yes
 };
@@ -32,33 +32,33 @@ struct Recipe {
 // The cells that the table is made of, each named by what it is: nvf_sr_h is NVFP4, stochastic rounding, Hadamard.
 constexpr auto vec = Block::vector, square = Block::square;
 constexpr auto rn = Rounding::nearest, sr = Rounding::stochastic;
-constexpr Operand f32 = {Format::f32}, b16 = {Format::bf16}, fp8 = {Format::fp8}, fp8g = {Format::fp8_e5m2};
-constexpr Operand f8r = {Format::fp8, Block::row};
-constexpr Operand mx8 = {Format::mxfp8, vec, rn, Scale::ceil}, mx4 = {Format::mxfp4, vec, rn, Scale::ceil};
-constexpr Operand nvf = {Format::nvfp4}, nvf_sr = {Format::nvfp4, vec, sr}, nvf_sq = {Format::nvfp4, square};
-constexpr Operand nvf_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nvf_sr_h = {Format::nvfp4, vec, sr, Scale::te, 16};
-constexpr Operand fs = {Format::nvfp4, vec, rn, Scale::four_six}, fs_sq = {Format::nvfp4, square, rn, Scale::four_six};
-constexpr Operand fs_sr = {Format::nvfp4, vec, sr, Scale::four_six}, fs_h = {Format::nvfp4, vec, rn, Scale::four_six, 16};
-constexpr Operand fs_sr_h = {Format::nvfp4, vec, sr, Scale::four_six, 16};
-constexpr Operand on_fp8(Operand c, Carrier carrier) {
+constexpr Cell f32 = {Format::f32}, b16 = {Format::bf16}, fp8 = {Format::fp8}, fp8g = {Format::fp8_e5m2};
+constexpr Cell f8r = {Format::fp8, Block::row};
+constexpr Cell mx8 = {Format::mxfp8, vec, rn, Scale::ceil}, mx4 = {Format::mxfp4, vec, rn, Scale::ceil};
+constexpr Cell nvf = {Format::nvfp4}, nvf_sr = {Format::nvfp4, vec, sr}, nvf_sq = {Format::nvfp4, square};
+constexpr Cell nvf_h = {Format::nvfp4, vec, rn, Scale::te, 16}, nvf_sr_h = {Format::nvfp4, vec, sr, Scale::te, 16};
+constexpr Cell fs = {Format::nvfp4, vec, rn, Scale::four_six}, fs_sq = {Format::nvfp4, square, rn, Scale::four_six};
+constexpr Cell fs_sr = {Format::nvfp4, vec, sr, Scale::four_six}, fs_h = {Format::nvfp4, vec, rn, Scale::four_six, 16};
+constexpr Cell fs_sr_h = {Format::nvfp4, vec, sr, Scale::four_six, 16};
+constexpr Cell on_fp8(Cell c, Carrier carrier) {
     c.carrier = carrier;
     return c;
 }
-constexpr Operand po2 = {Format::nvfp4, vec, rn, Scale::po2};
-constexpr Operand mx4_8 = on_fp8(mx4, Carrier::e4m3), mx4_8g = on_fp8(mx4, Carrier::e5m2);
-constexpr Operand nvf_8 = on_fp8(po2, Carrier::e4m3), nvf_8g = on_fp8(po2, Carrier::e5m2);
-constexpr Operand split(Operand c) {
+constexpr Cell po2 = {Format::nvfp4, vec, rn, Scale::po2};
+constexpr Cell mx4_8 = on_fp8(mx4, Carrier::e4m3), mx4_8g = on_fp8(mx4, Carrier::e5m2);
+constexpr Cell nvf_8 = on_fp8(po2, Carrier::e4m3), nvf_8g = on_fp8(po2, Carrier::e5m2);
+constexpr Cell split(Cell c) {
     c.split = true;
     return c;
 }
-constexpr Operand ms = split(nvf), ms_sr = split(nvf_sr);
+constexpr Cell ms = split(nvf), ms_sr = split(nvf_sr);
 // Metis/bitlinear.py and quant.py: X and W in blocks along m, D along the tokens, in every GEMM; X and D are rounded once, W afresh.
-constexpr Operand code(bool split, Along along, Draws draws) {
+constexpr Cell code(bool split, Along along, Draws draws) {
     return {Format::e2m1, vec, sr, Scale::te, 0, Signs::fixed, split, Factors::stochastic, Residual::exact, along, draws};
 }
-constexpr Operand mc = code(false, Along::contracted, Draws::own), mc_w = code(false, Along::other, Draws::own);
-constexpr Operand mc_x = code(false, Along::other, Draws::before);
-constexpr Operand mc_d = code(true, Along::other, Draws::own), mc_d2 = code(true, Along::contracted, Draws::before);
+constexpr Cell mc = code(false, Along::contracted, Draws::own), mc_w = code(false, Along::other, Draws::own);
+constexpr Cell mc_x = code(false, Along::other, Draws::before);
+constexpr Cell mc_d = code(true, Along::other, Draws::own), mc_d2 = code(true, Along::contracted, Draws::before);
 // And its bases: 64 directions of all rows, drawn anew at every call, without a power iteration (torch.svd_lowrank, niter=0).
 inline SplitPlan code_plan() {
     SplitPlan p;
@@ -127,12 +127,12 @@ inline const Recipe* find_recipe(const std::string& name) {
 struct CellKey {
     const char* name;
     std::vector<const char*> values;      // in the order of the enum
-    void (*set)(Operand& c, int value);
+    void (*set)(Cell& c, int value);
     const char* about;                    // what the values mean, and in backquotes how cell_text() shows them
 };
 inline const std::vector<CellKey>& cell_keys() {
     static const std::vector<CellKey> keys = {
-        {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}, [](Operand& c, int v) {
+        {"format", {"f32", "bf16", "fp8", "fp8_e5m2", "mxfp8", "nvfp4", "mxfp4", "e2m1"}, [](Cell& c, int v) {
             c.format = (Format)v;                                    // and what the new format cannot have becomes its usual
             if (!is_quantised(c.format)) c = {c.format};
             if (is_mx(c.format) && c.scale < Scale::floor) c.scale = Scale::ceil;
@@ -140,33 +140,33 @@ inline const std::vector<CellKey>& cell_keys() {
             if (!is_4bit(c.format)) c.carrier = Carrier::own;
             if (!is_fp8(c.format) && c.block == Block::row) c.block = Block::vector;
         }, "of the elements; fp8 is E4M3; e2m1 is 4 bits under float scales"},
-        {"block", {"vector", "square", "row"}, [](Operand& c, int v) { c.block = (Block)v; },
+        {"block", {"vector", "square", "row"}, [](Cell& c, int v) { c.block = (Block)v; },
          "what shares a scale: 16 elements (MX: 32) along the contracted axis; a square of them, `16x16`; FP8: a row of the operand, `rows`"},
-        {"rounding", {"nearest", "stochastic"}, [](Operand& c, int v) { c.rounding = (Rounding)v; }, "of elements; `sr` stochastic"},
-        {"scale", {"te", "headroom", "four_six", "po2", "floor", "ceil"}, [](Operand& c, int v) { c.scale = (Scale)v; },
+        {"rounding", {"nearest", "stochastic"}, [](Cell& c, int v) { c.rounding = (Rounding)v; }, "of elements; `sr` stochastic"},
+        {"scale", {"te", "headroom", "four_six", "po2", "floor", "ceil"}, [](Cell& c, int v) { c.scale = (Scale)v; },
          "of blocks. nvfp4: TransformerEngine's, amax on 6; `17/16` of it, so that nothing saturates; `4/6` amax on 6 or on 4, whichever errs less; "
          "`po2` a power of two. MX: amax's exponent less 2, `floor`; the least under which nothing saturates (ceil)"},
-        {"hadamard", {"0", "16", "32", "64", "128"}, [](Operand& c, int v) { c.hadamard = v ? 8 << v : 0; },
+        {"hadamard", {"0", "16", "32", "64", "128"}, [](Cell& c, int v) { c.hadamard = v ? 8 << v : 0; },
          "`h16` a Hadamard of this size along the contracted axis, on both operands of a GEMM, which cancels"},
-        {"signs", {"fixed", "random", "plus"}, [](Operand& c, int v) { c.signs = (Signs)v; },
+        {"signs", {"fixed", "random", "plus"}, [](Cell& c, int v) { c.signs = (Signs)v; },
          "that the Hadamard is multiplied by: TransformerEngine's 16; drawn at every call, `h16r`; none, `h16+`"},
-        {"split", {"no", "yes"}, [](Operand& c, int v) { c.split = v; }, "`split` into low-rank part A L B^T and residual R (Metis)"},
-        {"factors", {"nearest", "stochastic", "exact"}, [](Operand& c, int v) { c.factors = (Factors)v; },
+        {"split", {"no", "yes"}, [](Cell& c, int v) { c.split = v; }, "`split` into low-rank part A L B^T and residual R (Metis)"},
+        {"factors", {"nearest", "stochastic", "exact"}, [](Cell& c, int v) { c.factors = (Factors)v; },
          "of a split operand, A and B: rounded like R, to nearest or stochastically, `AB sr`; or kept in bf16, `AB exact`"},
-        {"residual", {"quantised", "exact"}, [](Operand& c, int v) { c.residual = (Residual)v; },
+        {"residual", {"quantised", "exact"}, [](Cell& c, int v) { c.residual = (Residual)v; },
          "R is what the rounded low-rank part leaves, or, `R exact`, what the unrounded one leaves"},
-        {"along", {"contracted", "other"}, [](Operand& c, int v) { c.along = (Along)v; },
+        {"along", {"contracted", "other"}, [](Cell& c, int v) { c.along = (Along)v; },
          "blocks lie along the axis that the GEMM contracts, as tensor cores need them, or `across`"},
-        {"draws", {"own", "before"}, [](Operand& c, int v) { c.draws = (Draws)v; },
+        {"draws", {"own", "before"}, [](Cell& c, int v) { c.draws = (Draws)v; },
          "random bits of its own, or, `again`, those of the operand made of the same matrix before"},
-        {"carrier", {"own", "e4m3", "e5m2"}, [](Operand& c, int v) { c.carrier = (Carrier)v; },
+        {"carrier", {"own", "e4m3", "e5m2"}, [](Cell& c, int v) { c.carrier = (Carrier)v; },
          "4 bits under power-of-two scales: codes and scale bytes, or their products as FP8 numbers, `in e4m3` or `in e5m2`"},
     };
     return keys;
 }
 
 // "nvfp4", and what differs from the format's usual: "nvfp4 16x16", "nvfp4 sr h16", "mxfp4 floor".
-inline std::string cell_text(Operand c) {
+inline std::string cell_text(Cell c) {
     std::string text = (c.split ? "split " : "") + std::string(cell_keys()[0].values[(int)c.format]);
     if (has_blocks(c.format) && c.block == Block::square) text += is_mx(c.format) ? " 32x32" : " 16x16";
     if (has_row_scales(c)) text += " rows";
@@ -277,9 +277,9 @@ inline std::string set_table() {
 inline std::string recipe_error(const Recipe& r) {
     std::string error;
     for (int i = 0; i < operand_count && error.empty(); i++) {
-        const Operand& c = r.cell[i];
+        const Cell& c = r.cell[i];
         auto refuse = [&](const char* why) { if (error.empty()) error = std::string(operand_names[i]) + " of recipe " + r.name + ": " + why; };
-        if (!is_quantised(c.format) && !(c == Operand{c.format})) refuse("f32 and bf16 take no block, rounding, scale, hadamard or split");
+        if (!is_quantised(c.format) && !(c == Cell{c.format})) refuse("f32 and bf16 take no block, rounding, scale, hadamard or split");
         if (!has_blocks(c.format) && c.block == Block::square) refuse("only nvfp4, mxfp4 and mxfp8 have blocks");
         if (!is_fp8(c.format) && c.block == Block::row) refuse("only fp8 and fp8_e5m2 have scales of whole rows");
         if (has_row_scales(c) && (c.hadamard || c.split)) refuse("an operand with scales of whole rows takes no hadamard and no split");
@@ -292,7 +292,7 @@ inline std::string recipe_error(const Recipe& r) {
         if (is_carried(c) && c.split) refuse("a split operand has no FP8 carrier: beside it lie thin factors");
         if (c.split && c.hadamard) refuse("a split operand cannot have a hadamard: its thin products are not rotated");
         if (c.hadamard && has_blocks(c.format) && c.hadamard % block_length(c.format)) refuse("the hadamard must cover whole blocks");
-        const Operand& other = r.cell[i ^ 1];
+        const Cell& other = r.cell[i ^ 1];
         if (c.hadamard != other.hadamard || (c.hadamard && c.signs != other.signs))
             refuse("both operands of a GEMM need the same hadamard and signs, or they do not cancel");
         if (is_float_stored(c.format) != is_float_stored(other.format)) refuse("f32 and e2m1 meet only f32 and e2m1 in a GEMM");
@@ -314,12 +314,12 @@ inline bool is_quantised(const Recipe& r) {
 
 // Whether amaxes of whole rows are of use: for their own scales, or a tensor scale, of the matrix as it is.
 inline bool uses_amax(const Recipe& r) {
-    for (const Operand& c : r.cell)
+    for (const Cell& c : r.cell)
         if ((has_tensor_scale(c) || has_row_scales(c)) && !c.split && !c.hadamard) return true;
     return false;
 }
 inline bool is_split(const Recipe& r) {
-    for (const Operand& c : r.cell)
+    for (const Cell& c : r.cell)
         if (c.split) return true;
     return false;
 }

@@ -162,7 +162,7 @@ inline void list_recipes(const std::string& changes) {
     for (Recipe r : recipes()) {
         set_cells(r, changes);
         lines.push_back({r.name});
-        for (const Operand& c : r.cell) lines.back().push_back(cell_text(c));
+        for (const Cell& c : r.cell) lines.back().push_back(cell_text(c));
         lines.back().push_back(r.last_share > 0 ? "last " + std::to_string((int)std::lround(100 * r.last_share)) + "%" : "");
         std::string error = recipe_error(r);
         about += "- `" + r.name + "`: " + (error.empty() ? r.about : "cannot be changed so, " + error) + "\n";
@@ -200,7 +200,7 @@ inline void add_flops(StepFlops& f, const Recipe& r, double l, double m, double 
     const double outer[3][2] = {{l, n}, {l, m}, {n, m}}, contracted[3] = {m, n, l};
     // What is counted once a GEMM: the product itself, and the split's products of thin factors with the other operand.
     for (int g = 0; g < 3; g++) {
-        const Operand &p = r.cell[2 * g], &q = r.cell[2 * g + 1];
+        const Cell &p = r.cell[2 * g], &q = r.cell[2 * g + 1];
         double c = contracted[g];
         bool four = is_4bit(p.format) && is_4bit(q.format);
         if (four) f.gemms += 2 * outer[g][0] * outer[g][1] * c;
@@ -229,7 +229,7 @@ inline void report_gemms(const Ctx& ctx, const Model& m, int64_t rows) {
     const Recipe& r = m.precision.recipe;
     const char* gemms[] = {"fprop", "dgrad", "wgrad"};
     for (int g = 0; g < 3; g++) {
-        const Operand &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
+        const Cell &a = r.cell[2 * g], &b = r.cell[2 * g + 1];
         // A GEMM's sizes decide too whether the GPU's library has a kernel, so the four linear layers of a block are asked one by one.
         int native = 0;
         for (const Linear* lin : m.linears[0].all) {

@@ -313,7 +313,7 @@ static size_t place_outputs(Problem& p, void* base) {
 // A problem of this matrix, already on the device, with all that it needs from the arena; its scales are computed.
 static Problem make_problem(Ctx& ctx, Arena& arena, const bf16* x, int64_t rows, int64_t cols, const Rung& rung, uint8_t** out) {
     Problem p = {};
-    Operand cell = {Format::nvfp4}, turned = cell;
+    Cell cell = {Format::nvfp4}, turned = cell;
     turned.hadamard = rung.rotated ? 16 : 0;
     p.q_row = {cell, Axis::row, rows, cols, {}, {}, arena.take<float>(2), arena.take<float>(quantise_partials(cell, rows, cols))};
     p.q_column = {turned, Axis::column, rows, cols, {}, {}, arena.take<float>(2), arena.take<float>(quantise_partials(turned, rows, cols))};

@@ -147,7 +147,7 @@ template <class From> nlohmann::ordered_json look(Ctx& ctx, const QuantCall& cal
 }
 
 template <class From> nlohmann::ordered_json before_and_after(Ctx& ctx, const Model& m, const Linear& lin, Which which, const From* from, int64_t rows, int64_t cols) {
-    Operand cell = lin.recipe->cell[which];
+    Cell cell = lin.recipe->cell[which];
     int64_t partials = quantise_partials(cell, rows, cols);
     float* scratch = (float*)device_alloc((partials + 2) * sizeof(float), "scales");
     QuantCall call = {cell, Axis::row, rows, cols, {ctx.seed, ctx.step, 0, lin.id, (uint32_t)which, Purpose::rounding}, {}, scratch + partials, scratch};

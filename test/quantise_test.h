@@ -11,7 +11,7 @@ static const float infinity = float_of(0x7f800000), not_a_number = float_of(0x7f
 inline bool same(float a, float b) { return bits_of(a) == bits_of(b) || (slow::is_nan(a) && slow::is_nan(b)); }
 
 struct Case {
-    Operand cell;
+    Cell cell;
     Axis axis;
     int64_t rows, cols;
     RandomKey key = {1, 2, 3, 4, 5, Purpose::rounding};
@@ -105,7 +105,7 @@ template <class To> void compare(Run& r, const Made& got, const slow::Matrix& wa
 struct transform_matrix;
 inline void transform(Ctx& ctx, float* to, const float* from, const Case& c) {
     TileShape t = tile_shape(c.cell, c.axis, c.rows, c.cols);
-    Operand cell = c.cell;
+    Cell cell = c.cell;
     RandomKey key = c.key;
     key.operand = c.gemm, key.purpose = Purpose::signs;
     for_tiles<transform_matrix, QuantStage>(ctx, {}, t.count, KERNEL(Group<256> g, int64_t i, QuantStage& s) {

@@ -3,7 +3,7 @@
 //
 // Arithmetic is float, one operation at a time in the order of the README, where that is the rule; double where values are exact.
 #pragma once
-#include "../fp4.cuh"       // Operand, Axis, RandomKey; nothing that computes
+#include "../fp4.cuh"       // Cell, Axis, RandomKey; nothing that computes
 #include "device_test.h"    // as_bf16
 
 namespace slow {
@@ -104,7 +104,7 @@ inline void hadamard(float* v, int64_t apart, int n, const float* sign) {
 
 struct Matrix {
     int64_t rows, cols;
-    Operand cell;
+    Cell cell;
     Axis axis;
     std::vector<float> x;                 // after the Hadamard
     std::vector<int> code, byte;
@@ -166,7 +166,7 @@ inline int e8m0(float amax, double max, bool ceil) {
     return f;
 }
 
-inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Operand cell, Axis axis, RandomKey key, uint32_t gemm) {
+inline Matrix quantise(std::vector<float> x, int64_t rows, int64_t cols, Cell cell, Axis axis, RandomKey key, uint32_t gemm) {
     Matrix m = {rows, cols, cell, axis, std::move(x), {}, {}, {}, {}};
     int64_t n = rows * cols;
     m.code.assign(n, -1), m.byte.assign(n, -1), m.scale.assign(n, 1), m.value.assign(n, NAN);

@@ -261,8 +261,8 @@ template <class T> static T named(const json& field, std::initializer_list<std::
     fail("test/vectors holds an unknown %s", field.dump().c_str());
 }
 static Signs signs_of(const json& field) { return named<Signs>(field, {{"plus", Signs::plus}, {"fixed", Signs::fixed}, {"random", Signs::random}}); }
-static Operand cell_of(const json& line, const char* format) {
-    Operand c;
+static Cell cell_of(const json& line, const char* format) {
+    Cell c;
     c.format = named<Format>(format, {{"nvfp4", Format::nvfp4}, {"mxfp4", Format::mxfp4}, {"mxfp8", Format::mxfp8}, {"e4m3", Format::fp8},
                                       {"e5m2", Format::fp8_e5m2}});
     c.block = line["block"] == "square" ? square : vec;

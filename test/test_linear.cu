@@ -130,10 +130,10 @@ template <class T> struct Layer {
     bool as_is(int which) const { return operand_bytes(recipe.cell[which], type(which), 1) == 0; }
     std::vector<double> source(Matrix m) const { return m == matrix_x ? x.values() : m == matrix_w ? w.values() : d.values(); }
 
-    // Operand `which` as the slow quantiser makes it: its draws bear the seed, the step, the micro-batch, the layer and the operand, or
+    // Cell `which` as the slow quantiser makes it: its draws bear the seed, the step, the micro-batch, the layer and the operand, or
     // the one before it of the same matrix; its signs are its GEMM's.
     slow::Matrix wanted(int which) const {
-        Operand cell = recipe.cell[which];
+        Cell cell = recipe.cell[which];
         if (scratch.nearest) cell.rounding = rn;
         std::vector<float> v;
         for (double e : source(matrix_of[which])) v.push_back((float)e);
@@ -176,7 +176,7 @@ static void compare_product(Run& r, const std::vector<double>& got, const double
 }
 
 template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t rows_, int64_t in_, int64_t out_, bool nearest, bool native = false) {
-    for (const Operand& c : recipe.cell)
+    for (const Cell& c : recipe.cell)
         if (on_gpu && sizeof(act_t) == 2 && c == f32) return;                 // the program refuses it
     Rng rng{(uint64_t)(rows_ + in_)};
     Layer<T> l(r, recipe, rows_, in_, out_, rng);
@@ -216,7 +216,7 @@ template <class T> static void test_layer(Run& r, const Recipe& recipe, int64_t 
 template <class T> static void test_layers(Run& r, const Recipe& recipe) {
     const struct { int64_t rows, in, out; } shapes[] = {{1, 16, 8}, {31, 48, 64}, {33, 7, 100}, {300, 20, 33}, {64, 130, 16}, {16, 16, 260}};
     bool random = false;
-    for (const Operand& c : recipe.cell) random = random || c.rounding == sr;
+    for (const Cell& c : recipe.cell) random = random || c.rounding == sr;
     for (auto [rows, in, out] : shapes) test_layer<T>(r, recipe, rows, in, out, false);
     if (random) test_layer<T>(r, recipe, 33, 48, 40, true);                   // evaluation: nearest whatever the cells say
 }

@@ -97,19 +97,19 @@ template <class T> static void test_plain_loops(Run& r) {
 
 // P (m x k) Q (n x k)^T of the same operands, packed and as bf16 values. Rows and blocks differ by powers of two: a scale byte in a
 // wrong place shows. The matrices lie as X, W or D do: the contracted axis along their rows, or down their columns.
-template <class C> static void test_native_product(Run& r, Operand p, Operand q, Axis axis_p, Axis axis_q, int64_t m, int64_t n, int64_t k, int beta) {
+template <class C> static void test_native_product(Run& r, Cell p, Cell q, Axis axis_p, Axis axis_q, int64_t m, int64_t n, int64_t k, int beta) {
     r.at("%s %s x %s %s, %ldx%ldx%ld, beta %d, %d-byte C", cell_text(p).c_str(), axis_p == Axis::row ? "rows" : "columns", cell_text(q).c_str(),
          axis_q == Axis::row ? "rows" : "columns", (long)m, (long)n, (long)k, beta, (int)sizeof(C));
     Rng rng{(uint64_t)(m * 31 + n * 7 + k)};
     struct Side {
-        Operand cell;
+        Cell cell;
         Axis axis;
         int64_t outer, inner, rows, cols;
         Buffer<float> from, scale, partial;
         Buffer<bf16> values;
         Buffer<uint8_t> packed;
         Mat wide, narrow;
-        Side(Run& r, Rng& rng, Operand c, Axis a, int64_t outer_, int64_t inner_)
+        Side(Run& r, Rng& rng, Cell c, Axis a, int64_t outer_, int64_t inner_)
             : cell(c), axis(a), outer(outer_), inner(inner_), rows(a == Axis::row ? outer : inner), cols(a == Axis::row ? inner : outer),
               from(r, outer * inner, [&](int64_t i) {
                   int64_t o = axis == Axis::row ? i / cols : i % cols, in = axis == Axis::row ? i % cols : i / cols;
@@ -159,8 +159,8 @@ template <class C> static void test_native_product(Run& r, Operand p, Operand q,
 }
 
 static void test_native(Run& r) {
-    typedef std::vector<std::pair<Operand, Operand>> Pairs;
-    const Operand mx8_sq = {Format::mxfp8, Block::square, rn, Scale::ceil};
+    typedef std::vector<std::pair<Cell, Cell>> Pairs;
+    const Cell mx8_sq = {Format::mxfp8, Block::square, rn, Scale::ceil};
     const Pairs tensorwise = {{fp8, fp8}, {fp8g, fp8}, {fp8, fp8g}, {mx4_8, mx4_8}, {mx4_8g, mx4_8}, {nvf_8, nvf_8g}, {fp8, mx4_8}}, blocks = {{mx8, mx8}, {mx8, mx8_sq}, {nvf, nvf}, {nvf, nvf_sq}, {f8r, f8r}};
     const Shape shapes[] = {{16, 16, 32}, {48, 80, 96}, {144, 272, 160}, {272, 16, 256}};      // tiles of 128 x 4 scales: parts of one, several
     int served = 0;
@@ -362,7 +362,7 @@ static void test_attention_bias(Run& r) {
 // The linear layer
 
 // prepare() against the rounding of test_bf16: equal, NaN and infinity kept, or the very same memory where nothing is to be done.
-template <class S> static void test_prepare_source(Run& r, Operand cell, int64_t rows, int64_t cols) {
+template <class S> static void test_prepare_source(Run& r, Cell cell, int64_t rows, int64_t cols) {
     r.at("%s of %d-byte elements, %ldx%ld", cell.format == Format::bf16 ? "bf16" : "f32", (int)sizeof(S), (long)rows, (long)cols);
     Rng rng{(uint64_t)cols};
     Buffer<S> x(r, rows * cols, [&](int64_t i) { return i == 5 ? NAN : i == 6 ? -INFINITY : rng(3); });
@@ -388,7 +388,7 @@ template <class S> static void test_prepare_source(Run& r, Operand cell, int64_t
 static void test_prepare(Run& r) {
     const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {7, 13}, {33, 64}, {300, 100}};
     for (auto [rows, cols] : shapes)
-        for (Operand cell : {f32, b16}) {
+        for (Cell cell : {f32, b16}) {
             test_prepare_source<acc_t>(r, cell, rows, cols);
             if (on_gpu) test_prepare_source<act_t>(r, cell, rows, cols);
         }
@@ -406,7 +406,7 @@ template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, i
     Buffer<acc_t> w(r, in * out_, [&](int64_t) { return rng(1); }), dw(r, in * out_, [&](int64_t) { return rng(1); });
     Buffer<T> y(r, rows * out_), d(r, rows * out_, [&](int64_t) { return rng(1); });
     Type act = type_of<act_t>(), acc = type_of<acc_t>(), type_d = type_of<T>();
-    auto bytes = [](Operand p, Type tp, Operand q, Type tq, int64_t n) { return std::max(operand_bytes(p, tp, n), operand_bytes(q, tq, n)); };
+    auto bytes = [](Cell p, Type tp, Cell q, Type tq, int64_t n) { return std::max(operand_bytes(p, tp, n), operand_bytes(q, tq, n)); };
     size_t a_bytes = std::max(operand_bytes(recipe.cell[fprop_x], act, rows * in), bytes(recipe.cell[dgrad_d], type_d, recipe.cell[wgrad_d], type_d, rows * out_));
     size_t b_bytes = std::max(operand_bytes(recipe.cell[wgrad_x], act, rows * in), bytes(recipe.cell[fprop_w], acc, recipe.cell[dgrad_w], acc, in * out_));
     Buffer<uint8_t> a(r, (int64_t)a_bytes), b(r, (int64_t)b_bytes);
@@ -418,7 +418,7 @@ template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, i
     linear_backward(r.ctx, layer, scratch, dx.p, mat(d.p, out_), mat(x.p, in), rows);
     y.fetch(), dx.fetch(), dw.fetch();
     if (!r.compare) return;
-    auto cell = [](Operand o, std::vector<double> v) {
+    auto cell = [](Cell o, std::vector<double> v) {
         if (o.format == Format::bf16)
             for (double& e : v) e = as_bf16(e);
         return v;
@@ -427,7 +427,7 @@ template <class T> static void test_linear_shape(Run& r, const Recipe& recipe, i
     std::vector<double> gw = cell(recipe.cell[dgrad_w], w.values()), wd = cell(recipe.cell[wgrad_d], d.values()), wx = cell(recipe.cell[wgrad_x], x.values());
     // sum over k of p[i k] q[k j], by the strides of i, j and k
     auto compare = [&](auto& got, const double* start, double store_u, int64_t I, int64_t J, int64_t K, const double* p, int64_t pi, int64_t pk,
-                       const double* q, int64_t qj, int64_t qk, Operand o, const char* what) {
+                       const double* q, int64_t qj, int64_t qk, Cell o, const char* what) {
         double step = (K + 2) * product_u(o.format == Format::bf16 ? Type::bf16 : Type::f32);
         for (int64_t i = 0; i < I; i++)
             for (int64_t j = 0; j < J; j++) {
@@ -453,9 +453,9 @@ static void test_linear(Run& r) {
         }
     // Each cell has a table entry of its own: six different formats must end up in the six places.
     Recipe mixed = {"mixed", "", {f32, f32, f32, f32, f32, f32}};
-    Operand* cells[] = {&mixed.cell[0], &mixed.cell[1], &mixed.cell[2], &mixed.cell[3], &mixed.cell[4], &mixed.cell[5]};
+    Cell* cells[] = {&mixed.cell[0], &mixed.cell[1], &mixed.cell[2], &mixed.cell[3], &mixed.cell[4], &mixed.cell[5]};
     if (!on_gpu && !MatmulPlans::bf16_units())                                // where the operands of one GEMM may differ in type
-        for (Operand* c : cells) *c = b16, test_linear_shape<act_t>(r, mixed, 33, 20, 24), *c = f32;
+        for (Cell* c : cells) *c = b16, test_linear_shape<act_t>(r, mixed, 33, 20, 24), *c = f32;
     for (int i = 0; i < 6; i += 2) {                                          // one GEMM at a time
         *cells[i] = *cells[i + 1] = b16, test_linear_shape<act_t>(r, mixed, 33, 20, 24), *cells[i] = *cells[i + 1] = f32;
     }

@@ -56,12 +56,12 @@ struct Layer {
 
     int64_t partials() const {
         int64_t n = 0;
-        for (const Operand& c : recipe.cell) n = std::max({n, quantise_partials(c, rows, in), quantise_partials(c, rows, out), quantise_partials(c, out, in)});
+        for (const Cell& c : recipe.cell) n = std::max({n, quantise_partials(c, rows, in), quantise_partials(c, rows, out), quantise_partials(c, out, in)});
         return n;
     }
     int64_t largest() const {
         size_t n = 0;
-        for (const Operand& c : recipe.cell) n = std::max(n, size_of(operand_type(c.format)));
+        for (const Cell& c : recipe.cell) n = std::max(n, size_of(operand_type(c.format)));
         return (int64_t)n;
     }
     template <class T> static void fill(Buffer<T>& to, const Dense& m) {
@@ -197,7 +197,7 @@ static std::vector<double> block_scales(Format f, double low, double high, doubl
 }
 // The worst element: its error over what is allowed; and how many went to their farther neighbour, and should have.
 struct Fit { double used = -1, code = 0, want = 0, allowed = 0; int64_t at = 0; double far = 0, expected = 0; };
-static void check_rounded(Run& r, const Factor& got, const Dense& want, const Dense& err, Operand cell, bool down, const char* what) {
+static void check_rounded(Run& r, const Factor& got, const Dense& want, const Dense& err, Cell cell, bool down, const char* what) {
     if (down) return check_rounded(r, {transposed(got.v), got.scale}, transposed(want), transposed(err), cell, false, what);
     const std::vector<double>& grid = slow::e2m1().v;
     const int64_t B = block_length(cell.format);
@@ -243,7 +243,7 @@ static double amax(const Dense& a) {
     return m;
 }
 // The tensor's scale: amax on the largest block scale times the largest code. Three roundings, and err of what amax is known to.
-static void check_scale(Run& r, const Factor& got, Operand cell, double amax, double err, const char* what) {
+static void check_scale(Run& r, const Factor& got, Cell cell, double amax, double err, const char* what) {
     double want = !has_tensor_scale(cell) || amax == 0 ? 1 : amax / (6 * 448.);
     r.verdict.close(got.scale, want, err / (6 * 448.) + 4 * u * want, what, 0);
 }
@@ -253,7 +253,7 @@ static void check_scale(Run& r, const Factor& got, Operand cell, double amax, do
 // `of`: amax of the residual that this matrix's tensor scale was made of, per matrix, for scales that are kept.
 static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
     Run& r = t.r;
-    Operand cell = t.recipe.cell[which];
+    Cell cell = t.recipe.cell[which];
     if (t.s.nearest) cell.rounding = rn, cell.factors = cell.factors == Factors::exact ? Factors::exact : Factors::nearest;
     int64_t rows = t.height(which), cols = t.width(which), k = t.k;
     bool turned = t.axis(which) == Axis::column, code = cell.format == Format::e2m1, other = cell.along == Along::other;
@@ -286,7 +286,7 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
             for (int64_t i = 0; i < rows * k; i++) r.verdict.note(a.v.v[i] == as_bf16(unit.v[i]), "A[%ld] is %.9g, not %.9g", (long)i, a.v.v[i], unit.v[i]);
             for (int64_t i = 0; i < k * cols; i++) r.verdict.note(bb.v.v[i] == as_bf16(b.v[i]), "B[%ld] is %.9g, not %.9g", (long)i, bb.v.v[i], b.v[i]);
         } else {
-            Operand thin = cell;
+            Cell thin = cell;
             thin.rounding = cell.factors == Factors::stochastic ? sr : rn;
             check_scale(r, a, thin, amax(unit), 0, "S of A"), check_scale(r, bb, thin, amax(b), 0, "S of B");
             check_rounded(r, a, unit, Dense(rows, k), thin, code || turned, "A");
@@ -310,7 +310,7 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
     }
     double most = amax(want), slack = amax(err);
     Which before = made_before[which];
-    const Operand& then = t.recipe.cell[before == operand_count ? which : before];
+    const Cell& then = t.recipe.cell[before == operand_count ? which : before];
     bool alike = then.split == cell.split && (!cell.split || (then.factors == t.recipe.cell[which].factors && then.residual == cell.residual));
     bool kept = t.lin.scales && before != operand_count && has_tensor_scale(then) && alike;
     if (!kept) of[matrix_of[which]] = most;
@@ -323,7 +323,7 @@ static void check_prepared(Layer& t, int which, const Parts& p, double* of) {
 //     O_p (L_p C_p Q^^T)          store_u of the thin factor, (K + 2k + 8) u of all magnitudes in it; then 2k + 2 additions
 //     (R_p C_q L_q) O_q^T         the same
 // where a thin factor is rounded to bf16 (2^-8), but of e2m1, which is float all over.
-static void check_product(Run& r, const Dense& got, const double* before, double out_u, const Parts& p, const Parts& q, Operand cell, const char* what) {
+static void check_product(Run& r, const Dense& got, const double* before, double out_u, const Parts& p, const Parts& q, Cell cell, const char* what) {
     const int64_t K = p.r.v.cols, m = p.r.v.rows, n = q.r.v.rows, k = std::max(p.c.v.rows, q.c.v.rows);
     const double pu = on_gpu && operand_type(cell.format) == Type::bf16 ? 8 * u : u, thin_u = is_float_stored(cell.format) ? u : 0x1p-8;
     auto part = [&](const Dense& full, const Dense& c, const std::vector<double>& l) {      // full C^T L

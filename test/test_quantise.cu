@@ -11,8 +11,8 @@
 // Whole matrices of many tiles against the slow quantiser: exact
 
 // Every cell that makes sense without a Hadamard.
-static std::vector<Operand> plain_cells() {
-    std::vector<Operand> all;
+static std::vector<Cell> plain_cells() {
+    std::vector<Cell> all;
     for (Rounding rounding : {rn, sr}) {
         for (Block block : {vec, square}) {
             for (Scale scale : {Scale::te, Scale::headroom, Scale::four_six, Scale::po2}) all.push_back({Format::nvfp4, block, rounding, scale});
@@ -24,8 +24,8 @@ static std::vector<Operand> plain_cells() {
         all.push_back({Format::e2m1, square, rounding});
         for (Carrier carrier : {Carrier::e4m3, Carrier::e5m2})
             for (Block block : {vec, square})
-                for (Operand c : {Operand{Format::nvfp4, block, rounding, Scale::po2}, Operand{Format::mxfp4, block, rounding, Scale::ceil},
-                                  Operand{Format::mxfp4, block, rounding, Scale::floor}}) all.push_back(on_fp8(c, carrier));
+                for (Cell c : {Cell{Format::nvfp4, block, rounding, Scale::po2}, Cell{Format::mxfp4, block, rounding, Scale::ceil},
+                                  Cell{Format::mxfp4, block, rounding, Scale::floor}}) all.push_back(on_fp8(c, carrier));
     }
     return all;
 }
@@ -57,7 +57,7 @@ static void test_matrices(Run& r) {
     Rng rng{7};
     for (auto [rows, cols] : shapes) {
         std::vector<float> x = ragged(rng, rows, cols);
-        for (Operand cell : plain_cells())
+        for (Cell cell : plain_cells())
             for (Axis axis : {Axis::row, Axis::column}) {
                 Case c = {cell, axis, rows, cols, any_key(rng)};
                 r.at("%s", text(c).c_str());
@@ -70,8 +70,8 @@ static void test_matrices(Run& r) {
                 }
             }
     }
-    const Operand formats[] = {nvf, fs_sr, mx4, mx4_8, nvf_8g, {Format::mxfp8, vec, sr, Scale::floor}, fp8, {Format::e2m1}};
-    for (Operand cell : formats)
+    const Cell formats[] = {nvf, fs_sr, mx4, mx4_8, nvf_8g, {Format::mxfp8, vec, sr, Scale::floor}, fp8, {Format::e2m1}};
+    for (Cell cell : formats)
         for (int n : {16, 32, 64, 128})
             for (Signs signs : {Signs::fixed, Signs::random, Signs::plus})
                 for (Axis axis : {Axis::row, Axis::column}) {
@@ -92,10 +92,10 @@ static void test_matrices(Run& r) {
 // the normal floats vanish in NVFP4 (their S_enc ends at FLT_MAX) and survive in MX, whose scales reach 2^-127.
 static void test_edges(Run& r) {
     const float d = 0x1p-128f;                                                // half of 2^-127
-    auto row = [&](Operand cell, std::vector<float> x) { return make<float, float>(r, {cell, Axis::row, 1, (int64_t)x.size()}, x); };
+    auto row = [&](Cell cell, std::vector<float> x) { return make<float, float>(r, {cell, Axis::row, 1, (int64_t)x.size()}, x); };
     std::vector<float> x(64, 0.f);
     for (int i = 0; i < 64; i += 2) x[i] = -0.f;
-    for (Operand cell : plain_cells()) {
+    for (Cell cell : plain_cells()) {
         r.at("zeros, %s", cell_text(cell).c_str());
         Made m = row(cell, x);
         r.verdict.note(m.S_enc == 1 && m.S_dec == 1, "S_enc %g, S_dec %g", m.S_enc, m.S_dec);
@@ -105,7 +105,7 @@ static void test_edges(Run& r) {
             r.verdict.note(m.codes[i] == (is_nibbles(cell) ? 0x08 : i % 2 ? 0 : 0x80), "codes %zu are 0x%02x", i, m.codes[i]);
     }
     for (int i = 0; i < 64; i++) x[i] = (i % 2 ? 1 : -1) * (i < 32 ? 3.f : d * (i % 16) / 8);
-    for (Operand cell : plain_cells()) {
+    for (Cell cell : plain_cells()) {
         r.at("subnormals beside ordinary numbers, %s", cell_text(cell).c_str());
         Made m = row(cell, x);
         for (int i = 32; i < 64; i++) {
@@ -115,7 +115,7 @@ static void test_edges(Run& r) {
         if (is_mx(cell.format) && !is_carried(cell)) r.verdict.note(m.scales.back() == 0, "the last scale is 0x%02x", m.scales.back());
     }
     for (int i = 0; i < 64; i++) x[i] = (i % 2 ? 1 : -1) * d * (i % 16) / 8;
-    for (Operand cell : plain_cells()) {
+    for (Cell cell : plain_cells()) {
         r.at("nothing but subnormals, %s", cell_text(cell).c_str());
         Made m = row(cell, x);
         for (int i = 0; i < 64; i++) {
@@ -131,7 +131,7 @@ static void test_not_finite(Run& r) {
     const int64_t rows = 40, cols = 72;
     std::vector<float> x = ragged(rng, rows, cols);
     for (float bad : {not_a_number, -not_a_number, infinity, -infinity})
-        for (Operand cell : plain_cells())
+        for (Cell cell : plain_cells())
             for (Axis axis : {Axis::row, Axis::column}) {
                 Case c = {cell, axis, rows, cols};
                 r.at("%g, %s", bad, text(c).c_str());
@@ -157,10 +157,10 @@ static void test_not_finite(Run& r) {
 // blocks have one set of values for both axes, under random draws too: a matrix that is prepared twice is the same matrix.
 static void test_axes(Run& r) {
     Rng rng{11};
-    std::vector<Operand> cells = plain_cells();
+    std::vector<Cell> cells = plain_cells();
     for (int n : {16, 32, 128})
-        for (Operand cell : {nvf, fp8}) cell.hadamard = n, cell.signs = Signs::random, cells.push_back(cell);
-    for (Operand cell : cells) {
+        for (Cell cell : {nvf, fp8}) cell.hadamard = n, cell.signs = Signs::random, cells.push_back(cell);
+    for (Cell cell : cells) {
         int64_t rows = 67, cols = cell.hadamard ? 384 : 300;
         std::vector<float> x = ragged(rng, rows, cols), turned(rows * cols);
         for (int64_t i = 0; i < rows * cols; i++) turned[i % cols * rows + i / cols] = x[i];
@@ -189,7 +189,7 @@ static void test_axes(Run& r) {
 // element. So the sum over elements and K draws may be off by 5 standard deviations (1 in 2 million) plus those; a single element's by
 // Bernstein's bound for one chance in a billion.
 struct Bias { double sum = 0, variance = 0, slack = 0; };
-static Bias measure(Run& r, Operand cell, bool maxima_only, int K) {
+static Bias measure(Run& r, Cell cell, bool maxima_only, int K) {
     const int64_t rows = 64, cols = 64, n = rows * cols;
     r.at("%s, %s", cell_text(cell).c_str(), maxima_only ? "the largest of each block" : "all");
     Rng rng{21};
@@ -230,11 +230,11 @@ static Bias measure(Run& r, Operand cell, bool maxima_only, int K) {
 }
 static void test_unbiased(Run& r) {
     const int K = 600;
-    const Operand unbiased[] = {{Format::nvfp4, vec, sr, Scale::headroom}, {Format::nvfp4, square, sr, Scale::headroom},
+    const Cell unbiased[] = {{Format::nvfp4, vec, sr, Scale::headroom}, {Format::nvfp4, square, sr, Scale::headroom},
                                 {Format::nvfp4, vec, sr, Scale::po2}, on_fp8({Format::nvfp4, vec, sr, Scale::po2}, Carrier::e5m2),
                                 {Format::mxfp4, vec, sr, Scale::ceil}, {Format::mxfp8, vec, sr, Scale::ceil}, {Format::fp8, vec, sr},
                                 {Format::fp8_e5m2, vec, sr}, {Format::e2m1, vec, sr}};
-    for (Operand cell : unbiased)
+    for (Cell cell : unbiased)
         for (bool maxima : {false, true}) {
             if (maxima && !has_blocks(cell.format)) continue;                 // one element: its code is the largest, exactly
             Bias b = measure(r, cell, maxima, K);
@@ -242,7 +242,7 @@ static void test_unbiased(Run& r) {
         }
     // The known bias: TransformerEngine's rule rounds some block scales down, and elements beyond 6 then saturate; so does MX's floor
     // rule, by more. Largest elements come out too small, far beyond what chance allows.
-    for (Operand cell : {Operand{Format::nvfp4, vec, sr, Scale::te}, Operand{Format::mxfp4, vec, sr, Scale::floor}}) {
+    for (Cell cell : {Cell{Format::nvfp4, vec, sr, Scale::te}, Cell{Format::mxfp4, vec, sr, Scale::floor}}) {
         Bias b = measure(r, cell, true, K);
         double chance = 5 * std::sqrt(b.variance) + b.slack;
         r.verdict.note(b.sum < -4 * chance, "the sum of errors is %g, and chance makes %g of it", b.sum, chance);
@@ -329,7 +329,7 @@ static void test_mse(Run& r) {
     std::vector<float> x(n);
     Rng rng{51};
     for (float& v : x) v = (float)(std::sqrt(-2 * std::log(rng(0.5) + 0.5 + 0x1p-30)) * std::cos(rng(M_PI)));
-    const std::pair<Operand, double> known[] = {{{Format::nvfp4, vec, rn, Scale::te}, 9.0e-3}, {{Format::nvfp4, vec, rn, Scale::four_six}, 7.6e-3},
+    const std::pair<Cell, double> known[] = {{{Format::nvfp4, vec, rn, Scale::te}, 9.0e-3}, {{Format::nvfp4, vec, rn, Scale::four_six}, 7.6e-3},
                                                 {{Format::nvfp4, square, rn, Scale::te}, 12.4e-3}, {{Format::nvfp4, square, rn, Scale::four_six}, 12.4e-3},
                                                 {{Format::nvfp4, vec, sr, Scale::headroom}, 23.5e-3}};
     for (auto& [cell, want] : known) {
@@ -346,8 +346,8 @@ static void test_mse(Run& r) {
 static void test_tally_of(Run& r, int64_t rows, int64_t cols, int least) {
     Rng rng{61};
     std::vector<float> x = ragged(rng, rows, cols);
-    const Operand cells[] = {nvf, nvf_sr, fs_sq, {Format::mxfp4, vec, rn, Scale::floor}, fp8, f8r, mx4_8, mx4_8g, nvf_8};
-    for (Operand cell : cells)
+    const Cell cells[] = {nvf, nvf_sr, fs_sq, {Format::mxfp4, vec, rn, Scale::floor}, fp8, f8r, mx4_8, mx4_8g, nvf_8};
+    for (Cell cell : cells)
         for (Axis axis : {Axis::row, Axis::column}) {
             Case c = {cell, axis, rows, cols};
             r.at("%s", text(c).c_str());
