@@ -57,7 +57,7 @@ HD float with_sign(float q, float x) { return float_of(bits_of(q) | (bits_of(x) 
 // power of two whose last place is f's step at a. E2M1 at 2.7: steps of 1, c = 2 x 2^22 = 2^23, 8388610.7 is rounded to 8388611: 3.
 HD float round_nearest(float x, Minifloat f) {
     float a = smaller(magnitude(x), f.max);
-    float c = float_of((bits_of(larger(a, f.min_normal)) & 0x7f800000u) + ((uint32_t)f.drop << 23));
+    float c = float_of((bits_of(larger(a, f.min_normal)) & infinity_bits) + ((uint32_t)f.drop << 23));
     return with_sign((a + c) - c, x);
 }
 
@@ -80,12 +80,12 @@ HD uint8_t encode(float q, Minifloat f) {
     return (uint8_t)(code | (bits_of(q) >> 31 ? f.sign : 0));
 }
 // The code of any float as CUDA's conversions with saturation give it.
-HD uint8_t convert_to(float x, Minifloat f) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u ? f.nan : encode(round_nearest(x, f), f); }
+HD uint8_t convert_to(float x, Minifloat f) { return (bits_of(x) & 0x7fffffffu) > infinity_bits ? f.nan : encode(round_nearest(x, f), f); }
 
 HD float decode(uint8_t code, Minifloat f) {
     uint32_t a = code & (f.sign - 1u), normal = 1u << (23 - f.drop), base = bits_of(f.min_normal);
     float v = a < normal ? float_of((a << f.drop) + base) - f.min_normal : float_of(((a - normal) << f.drop) + base);
-    if (v > f.max) v = f.drop == e5m2.drop && a == 0x7c ? float_of(0x7f800000u) : float_of(0x7fc00000u);
+    if (v > f.max) v = f.drop == e5m2.drop && a == 0x7c ? float_of(infinity_bits) : float_of(quiet_nan_bits);
     return code & f.sign ? -v : v;
 }
 
@@ -99,16 +99,16 @@ HD uint32_t e8m0_ceil(float amax, Minifloat f) {
     uint32_t u = bits_of(amax * (1.f / f.max)), up = (u + 0x7fffff) >> 23;      // any mantissa carries into the exponent
     up = u <= 0x400000 ? 0 : up;                                                // up to 2^-127, the smallest scale
     up = up < 254 ? up : 254;
-    return bits_of(amax) >= 0x7f800000u ? 255 : up;
+    return bits_of(amax) >= infinity_bits ? 255 : up;
 }
 // Both ends need care: 2^-127 (byte 0) and 1 / 2^127 (of byte 254) are subnormal floats, whose bits are 0x00400000.
 HD float decode_e8m0(uint32_t f) {
     uint32_t u = f == 0 ? 0x00400000u : f << 23;
-    return float_of(f == 255 ? 0x7fc00000u : u);
+    return float_of(f == 255 ? quiet_nan_bits : u);
 }
 HD float inverse_e8m0(uint32_t f) {
     uint32_t u = f == 254 ? 0x00400000u : (254 - f) << 23;
-    return float_of(f == 255 ? 0x7fc00000u : u);
+    return float_of(f == 255 ? quiet_nan_bits : u);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,8 @@ HD int width_at(const TileShape& t, int64_t c0) { return (int)(t.cols - c0 < t.C
 // f(k, unit) for every element k of the tile; ahead(k, n) on the way, for every run of n elements from k on.
 template <class G, class F, class A = Nothing> HD void elements(G g, const TileShape& t, F f, A ahead = {}) {
     if (t.along_row) g.grid16(tile_units, [&](int i, int j) { f(16 * i + j, i); }, [&](int i) { ahead(16 * i, 16); });
-    else if constexpr (G::lanes > 1) g.tile(t.R, t.C, t.shift, [&](int r, int c) { f((r << t.shift) + c, (r / 16 << t.shift) + c); });   // no lane idle, as a row may leave
+    else if constexpr (G::lanes > 1)                                                // a row may have fewer elements than the group lanes
+        g.tile(t.R, t.C, t.shift, [&](int r, int c) { f((r << t.shift) + c, (r / 16 << t.shift) + c); });
     else
         for (int r = 0; r < t.R; r++) {
             ahead(r << t.shift, t.C);
@@ -461,7 +462,7 @@ inline int64_t quantise_partials(Cell c, int64_t rows, int64_t cols) {
 // |x| for a maximum that a NaN must win: infinity stands for both.
 HD float magnitude_or_infinity(float x) {
     uint32_t u = bits_of(x) & 0x7fffffffu;
-    return float_of(u < 0x7f800000u ? u : 0x7f800000u);
+    return float_of(u < infinity_bits ? u : infinity_bits);
 }
 
 // to (null: nowhere) = the amax of a row that the group has just written, from the cache: a pass over memory less for tensor_scale().
@@ -502,8 +503,7 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     else {
         parts = (n + amax_chunk - 1) / amax_chunk;
         for_rows<quantise_amax, 256>(ctx, {n * sizeof(From) * 1., 0}, parts, KERNEL(Group<256> g, int64_t r) {
-            int64_t first = r * amax_chunk, length = n - first < amax_chunk ? n - first : amax_chunk;
-            acc_t m = g.max((int)length, [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + first);
+            acc_t m = g.max(piece(n, r, amax_chunk), [](acc_t v) { return (acc_t)magnitude_or_infinity((float)v); }, from + r * amax_chunk);
             if (g.lane() == 0) own[r] = (float)m;
         });
     }
@@ -514,13 +514,13 @@ template <class From> void tensor_scale(Ctx& ctx, const QuantCall& q, const From
     for_rows<quantise_scale, 256>(ctx, {parts * sizeof(float) * 1., 0}, 1, KERNEL(Group<256> g, int64_t) {
         float amax = (float)g.max((int)parts, [](acc_t v) { return v; }, (const float*)partial);
         float enc = full / amax;
-        enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+        enc = enc < float_max ? enc : float_max;
         if (mx) {                                                       // of a carried MX: the power of two that lifts the largest scale to the top
             int e = (int)(ceil ? e8m0_ceil(amax, e2m1) : e8m0_floor(amax, e2m1)) - 127 - top;
             enc = float_of((uint32_t)(127 - (e < -126 ? -126 : e)) << 23);
         }
         if (amax == 0) enc = 1;
-        if (g.lane() == 0) scale[0] = enc, scale[1] = is_finite(amax) ? 1.f / enc : float_of(0x7fc00000u);
+        if (g.lane() == 0) scale[0] = enc, scale[1] = is_finite(amax) ? 1.f / enc : float_of(quiet_nan_bits);
     });
 }
 
@@ -551,7 +551,7 @@ template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* 
     float* partial = q.partial + tile_partials(q.cell, rows, cols) + std::max(rows, cols);
     for_rows<quantise_amax, 256>(ctx, cost, chunks * strips, KERNEL(Group<256> g, int64_t i) {
         int64_t first = i / strips * amax_rows, last = first + amax_rows < rows ? first + amax_rows : rows, c0 = i % strips * strip;
-        int width = (int)(cols - c0 < strip ? cols - c0 : strip);
+        int width = piece(cols, i % strips, strip);
         float* most = partial + i / strips * cols + c0;
         const From* corner = from + c0;
         if constexpr (decltype(g)::lanes > 1) g.each(width, [=](int c) {               // a lane its column
@@ -561,12 +561,13 @@ template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* 
         });
         else {                                                                         // row by row, or no vector would do
             g.each(width, [=](int c) { most[c] = 0; });
-            for (int64_t r = first; r < last; r++) g.each(width, [=](int c) { most[c] = larger(most[c], magnitude_or_infinity((float)load(corner + r * cols + c))); });
+            for (int64_t r = first; r < last; r++)
+                g.each(width, [=](int c) { most[c] = larger(most[c], magnitude_or_infinity((float)load(corner + r * cols + c))); });
         }
     });
     for_rows<quantise_scale, 256>(ctx, {}, strips, KERNEL(Group<256> g, int64_t i) {
         int64_t c0 = i * strip;
-        g.each((int)(cols - c0 < strip ? cols - c0 : strip), [=](int c) {
+        g.each(piece(cols, i, strip), [=](int c) {
             float m = 0;
             for (int64_t k = 0; k < chunks; k++) m = larger(m, partial[k * cols + c0 + c]);
             to[c0 + c] = row_scale(m, f);
@@ -579,16 +580,16 @@ template <class From> void row_scales(Ctx& ctx, const QuantCall& q, const From* 
 struct BlockScale { float code, value; };
 HD BlockScale nvfp4_scale(float base, float S_dec) {
     float s = round_nearest(base, e4m3), enc = 1.f / (s * S_dec);
-    enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+    enc = enc < float_max ? enc : float_max;
     return {s == 0 ? 0.f : enc, s};
 }
 // po2: the smallest power of two under which nothing saturates, of the 18 binades down from `most` that E4M3 has.
 HD BlockScale po2_scale(float base, float S_dec, float most) {
-    float s = float_of((bits_of(base) + 0x7fffff) & 0x7f800000u), least = most * 0x1p-17f;
+    float s = float_of((bits_of(base) + 0x7fffff) & infinity_bits), least = most * 0x1p-17f;
     s = s < least ? least : s;
     s = s < most ? s : most;
     float enc = 1.f / (s * S_dec);
-    enc = enc < 3.40282347e38f ? enc : 3.40282347e38f;
+    enc = enc < float_max ? enc : float_max;
     return {base == 0 ? 0.f : enc, base == 0 ? 0.f : s};
 }
 HD BlockScale mx_scale(float amax, Minifloat f, bool ceil) {
@@ -599,7 +600,7 @@ HD BlockScale mx_scale(float amax, Minifloat f, bool ceil) {
 // The published Metis code's scale (Metis/quant.py): amax / 6 + 1e-9 in float.
 HD BlockScale float_scale(float amax) {
     float s = amax / 6.f + 1e-9f;
-    return {1.f / s, is_finite(amax) ? s : float_of(0x7fc00000u)};
+    return {1.f / s, is_finite(amax) ? s : float_of(quiet_nan_bits)};
 }
 
 // Stores a value that has at most 8 significant bits: the upper half of the float is all of it.
@@ -671,7 +672,7 @@ template <class G, class To> HD void scale_units(G g, const QuantJob<To>& job, Q
         const float per_amax = S_enc * job.rule.inverse_top, most = job.most;
         g.each(tile_units, [&](int u) {
             float base = s.amax[u] * per_amax;
-            base = base < 3.40282347e38f ? base : 3.40282347e38f;
+            base = base < float_max ? base : float_max;
             BlockScale b = po2 ? po2_scale(base, S_dec, most) : nvfp4_scale(base, S_dec);
             s.enc[u] = b.code, s.dec[u] = b.value;
         });
@@ -692,7 +693,7 @@ template <class G, class To> HD void choose_four(G g, const QuantJob<To>& job, Q
     const float S_dec = job.S_dec(), per_amax = job.S_enc() * job.rule.inverse_top;
     g.each(tile_units, [&](int u) {
         float base = s.amax[u] * per_amax;
-        BlockScale b = nvfp4_scale(1.5f * (base < 3.40282347e38f ? base : 3.40282347e38f), S_dec);
+        BlockScale b = nvfp4_scale(1.5f * (base < float_max ? base : float_max), S_dec);
         s.enc4[u] = b.code, s.dec4[u] = b.value;
     });
     g.sync();

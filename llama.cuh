@@ -104,8 +104,6 @@ struct sum_rows; struct square_chunks; struct copy_chunks; struct product_chunks
 // A flat array is worked on in chunks of one size on every machine: partial sums are then the same numbers everywhere.
 constexpr int64_t chunk = 16384;
 inline int64_t chunks_of(int64_t n) { return (n + chunk - 1) / chunk; }
-// Elements of chunk r: all but the last are full.
-HD int in_chunk(int64_t n, int64_t r) { return (int)(n - r * chunk < chunk ? n - r * chunk : chunk); }
 
 // N(0, std) from the stream `key`, or ones where std is 0.
 template <class T> void initialise(Ctx& ctx, T* w, int64_t n, float std, RandomKey key) {
@@ -246,7 +244,7 @@ inline void softmax_cross_entropy(Ctx& ctx, acc_t* loss, acc_t* logits, const in
 inline void add_sum(Ctx& ctx, acc_t* total, const acc_t* x, int64_t n) {
     for_rows<sum_rows, 256>(ctx, {n * sizeof(acc_t) * 1., 0}, 1, KERNEL(Group<256> g, int64_t) {
         acc_t s = 0;
-        for (int64_t r = 0; r * chunk < n; r++) s += g.sum(in_chunk(n, r), [](acc_t v) { return v; }, x + r * chunk);
+        for (int64_t r = 0; r * chunk < n; r++) s += g.sum(piece(n, r, chunk), [](acc_t v) { return v; }, x + r * chunk);
         if (g.lane() == 0) total[0] += s;
     });
 }
@@ -254,7 +252,7 @@ inline void add_sum(Ctx& ctx, acc_t* total, const acc_t* x, int64_t n) {
 // partial[c] = sum of squares of chunk c of x.
 inline void sum_squares(Ctx& ctx, acc_t* partial, const acc_t* x, int64_t n) {
     for_rows<square_chunks, 256>(ctx, {n * sizeof(acc_t) * 1., 2. * n}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
-        acc_t s = g.sum(in_chunk(n, r), [](acc_t v) { return v * v; }, x + r * chunk);
+        acc_t s = g.sum(piece(n, r, chunk), [](acc_t v) { return v * v; }, x + r * chunk);
         if (g.lane() == 0) partial[r] = s;
     });
 }
@@ -262,7 +260,7 @@ inline void sum_squares(Ctx& ctx, acc_t* partial, const acc_t* x, int64_t n) {
 // to = from, n elements.
 inline void copy(Ctx& ctx, acc_t* to, const acc_t* from, int64_t n) {
     for_rows<copy_chunks, 256>(ctx, {2. * n * sizeof(acc_t), 0}, chunks_of(n), KERNEL(Group<256> g, int64_t r) {
-        g.map(in_chunk(n, r), [](acc_t& o, acc_t v) { o = v; }, out(to + r * chunk), from + r * chunk);
+        g.map(piece(n, r, chunk), [](acc_t& o, acc_t v) { o = v; }, out(to + r * chunk), from + r * chunk);
     });
 }
 
@@ -270,7 +268,7 @@ inline void copy(Ctx& ctx, acc_t* to, const acc_t* from, int64_t n) {
 inline void products(Ctx& ctx, acc_t* partial, const acc_t* a, const acc_t* b, int64_t n) {
     int64_t chunks = chunks_of(n);
     for_rows<product_chunks, 256>(ctx, {2. * n * sizeof(acc_t), 6. * n}, chunks, KERNEL(Group<256> g, int64_t r) {
-        int size = in_chunk(n, r);
+        int size = piece(n, r, chunk);
         const acc_t *p = a + r * chunk, *q = b + r * chunk;
         acc_t aa = g.sum(size, [](acc_t v) { return v * v; }, p), bb = g.sum(size, [](acc_t v) { return v * v; }, q);
         acc_t ab = g.sum(size, [](acc_t v, acc_t u) { return v * u; }, p, q);
