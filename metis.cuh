@@ -412,7 +412,7 @@ inline void store_packed(QuantCall& call, Mat& to, int64_t outer, int64_t inner)
     if (has_row_scales(call.cell)) call.row_scale = (float*)behind, to.blocks = (const uint8_t*)behind;
 }
 
-// Cell number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its place of s unless it can be used
+// Operand number `which` of `lin`, made of `source` (rows x cols, contiguous) as its cell says, in its place of s unless it can be used
 // as it lies. `axis`: where in `source` the contracted dimension is. What comes back is (outer x contracted). native: as a tensor core
 // reads it. If `later` is given, the operand's elements await quantise_operands(), which makes all of a matrix's operands in one launch.
 inline Prepared prepare(Ctx& ctx, const Linear& lin, Which which, const OperandScratch& s, Axis axis, Mat source, int64_t rows, int64_t cols,

@@ -130,7 +130,7 @@ template <class T> struct Layer {
     bool as_is(int which) const { return operand_bytes(recipe.cell[which], type(which), 1) == 0; }
     std::vector<double> source(Matrix m) const { return m == matrix_x ? x.values() : m == matrix_w ? w.values() : d.values(); }
 
-    // Cell `which` as the slow quantiser makes it: its draws bear the seed, the step, the micro-batch, the layer and the operand, or
+    // Operand `which` as the slow quantiser makes it: its draws bear the seed, the step, the micro-batch, the layer and the operand, or
     // the one before it of the same matrix; its signs are its GEMM's.
     slow::Matrix wanted(int which) const {
         Cell cell = recipe.cell[which];
