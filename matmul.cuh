@@ -148,10 +148,9 @@ struct MatmulPlans {
     bool serves(Type a, Type b) {
         const MatmulKey large = narrow_key(a, b, 1024, 1024, 1024, Type::f32, false, a == Type::nvfp4);
         const MatmulKey small = narrow_key(a, b, 128, 32, 64, Type::f32, true, a == Type::nvfp4);
-        const bool known = cache.count(large);
-        if (!has(large)) return false;
-        if (!known) cache[large].found = has(small) && runs(small);
-        return cache[large].found;
+        auto known = cache.find(large);
+        if (known != cache.end()) return known->second.found;
+        return has(large) && (cache[large].found = has(small) && runs(small));
     }
     // Whether the small product is accepted, on zeros.
     bool runs(const MatmulKey& key) {
